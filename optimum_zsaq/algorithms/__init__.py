@@ -1,0 +1,1 @@
+"""One file a method's mathematics, over modules and tensors."""

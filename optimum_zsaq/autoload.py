@@ -1,0 +1,78 @@
+"""Loading a low-bit checkpoint in a process that never imports this package.
+
+`install` is the `torch.backends` entry point, called at the end of `import torch`. It only arms an import hook: when
+transformers has imported its base class of models, the package registers itself. Nothing here may ever raise: a fault
+would break `import torch`. `OPTIMUM_ZSAQ_AUTOLOAD=0` turns it off.
+"""
+
+import importlib
+import importlib.abc
+import importlib.util
+import os
+import sys
+import warnings
+
+
+TARGET = "transformers.modeling_utils"
+SWITCH = "OPTIMUM_ZSAQ_AUTOLOAD"
+
+
+def install() -> None:
+    """Arm registration, or do it now if transformers' models are imported already."""
+    try:
+        if os.environ.get(SWITCH, "1").strip().lower() in ("0", "false", "off", "no"):
+            return
+        module = sys.modules.get(TARGET)
+        if module is not None and not module.__spec__._initializing:
+            _register()
+        elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+            sys.meta_path.insert(0, _Finder(being_imported=module is not None))
+    except Exception as error:
+        warnings.warn(f"optimum-zsaq could not arm its autoload: {error!r}", stacklevel=2)
+
+
+def _register() -> None:
+    try:
+        importlib.import_module("optimum_zsaq.integrations.registration").register()
+    except Exception as error:
+        warnings.warn(f"optimum-zsaq could not register with transformers: {error!r}", stacklevel=2)
+
+
+class _Finder(importlib.abc.MetaPathFinder):
+    """Finds the target through the other finders, once, and has registration follow its execution.
+
+    Where the target itself is importing torch just now, the first file of a model family, which comes after it, serves.
+    """
+
+    def __init__(self, being_imported: bool):
+        self.being_imported = being_imported
+
+    def _wanted(self, name: str) -> bool:
+        if self.being_imported:
+            return name.startswith("transformers.models.") and ".modeling_" in name
+        return name == TARGET
+
+    def find_spec(self, name, path=None, target=None):
+        if not self._wanted(name):
+            return None
+        if self in sys.meta_path:
+            sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _Loader(spec.loader)
+        return spec
+
+
+class _Loader(importlib.abc.Loader):
+    def __init__(self, inner):
+        self._inner = inner
+
+    def create_module(self, spec):
+        return self._inner.create_module(spec)
+
+    def exec_module(self, module):
+        self._inner.exec_module(module)
+        _register()
+
+    def __getattr__(self, name):
+        return getattr(self._inner, name)

@@ -1,0 +1,1 @@
+from .zsaq import ZSAQCommand

@@ -1,0 +1,1 @@
+class ZSAQCommand: pass

@@ -1,0 +1,303 @@
+"""Quantization configs: what is on disk, and the settings of the algorithm that found the numbers.
+
+`LowBitConfig` reads every checkpoint. Its subclasses, one an algorithm, are what users construct.
+"""
+
+import copy
+import json
+from collections import Counter
+from dataclasses import asdict
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from ..layers.packed import RUNTIMES
+from ..spec import LayerSpec, QuantScheme, QuantSpec
+from ..surgery import ModelFacts, kind_of, low_bit_layers, reader_of
+
+
+QUANT_METHOD = "zsaq"
+FORMAT_VERSION = 1
+RANGE_METHODS = ("mse", "minmax", "lsq", "ternary")
+
+ALGORITHMS: dict[str, type["LowBitConfig"]] = {}
+_STORED = ("quant_method", "format_version", "algorithm", "packed", "modules", "recipe")
+_NEVER_STORED = ("runtime", "calibration_data")
+
+
+class LowBitConfig(QuantizationConfigMixin):
+    """What a low-bit checkpoint is; common fields of every algorithm's config.
+
+    Args:
+        weight_bits (`int`): width of the codes of Linear layers, 2 to 8.
+        embedding_bits (`int`, *optional*): width of the codes of the input embedding tables; None: they stay float.
+        activation_bits (`int`, *optional*): width of the inputs of Linear layers; None: they stay float.
+        granularity (`str`): which weights share a scale: "row", "tensor" or "group". Tables have a scale a row, or a group.
+        group_size (`int`, *optional*): consecutive weights that share a scale, with granularity="group".
+        symmetric (`bool`): weights without (True) or with (False) a zero point.
+        ranges (`str`): how scales are found: "mse", "minmax", "lsq" (LSQ's start value), "ternary" (2 bits, TWN).
+        activations (`str`): "dynamic": a range a token, found as it runs; "static": one stored range a layer.
+        modules_to_not_convert (`list[str]`, *optional*): runs of name parts, such as "pooler" or "encoder.layer.0", of
+            layers that stay float, in addition to heads, which always do.
+        outliers (`float`, *optional*): share of each matrix whose float residual is stored beside the codes, in (0, 1).
+        runtime (`str`): "fast" keeps codes one a byte while running, "small" as on disk. A loading attribute: not stored.
+        calibration_data (*optional*): what static input ranges are measured on: a list of strings or of dicts with "text"
+            and "text_pair", a `datasets.Dataset`, or a file; None: sampled token sequences. Its text is never stored.
+        calibration_samples (`int`): sequences used of it, from its beginning.
+        seed (`int`): of the sampled sequences.
+
+    Raises:
+        ValueError: an unknown field, an illegal value, fields that do not go together, a newer format.
+    """
+
+    algorithm = "none"
+
+    def __init__(
+        self,
+        weight_bits: int = 4,
+        embedding_bits: int | None = 8,
+        activation_bits: int | None = 8,
+        granularity: str = "row",
+        group_size: int | None = None,
+        symmetric: bool = True,
+        ranges: str = "mse",
+        activations: str = "dynamic",
+        modules_to_not_convert: list[str] | None = None,
+        outliers: float | None = None,
+        runtime: str = "fast",
+        calibration_data: Any = None,
+        calibration_samples: int = 128,
+        seed: int = 0,
+        **stored: Any,
+    ):
+        self._check_fields(stored)
+        self.quant_method = QUANT_METHOD
+        self.format_version = stored.get("format_version", FORMAT_VERSION)
+        self.packed = stored.get("packed", True)
+        self.modules = stored.get("modules")
+        self.recipe = stored.get("recipe")
+        self.weight_bits, self.embedding_bits, self.activation_bits = weight_bits, embedding_bits, activation_bits
+        self.granularity, self.group_size, self.symmetric = granularity, group_size, symmetric
+        self.ranges, self.activations = ranges, activations
+        self.modules_to_not_convert = None if modules_to_not_convert is None else list(modules_to_not_convert)
+        self.outliers = outliers
+        self.runtime = runtime
+        self.calibration_data, self.calibration_samples, self.seed = calibration_data, calibration_samples, seed
+        self._check_values()
+
+    def _check_fields(self, stored: dict[str, Any]) -> None:
+        for name in stored:
+            if name not in _STORED:
+                known = [field for field in self._fields() if field not in _STORED]
+                near = get_close_matches(name, known, n=1)
+                hint = f"did you mean {near[0]!r}?" if near else f"the fields are {known}"
+                raise ValueError(f"{type(self).__name__} has no field {name!r}; {hint}")
+        version = stored.get("format_version", FORMAT_VERSION)
+        if not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:
+            raise ValueError(
+                f"format_version={version!r}: this checkpoint's format is not one that this optimum-zsaq reads "
+                f"(1 to {FORMAT_VERSION}); run `pip install --upgrade optimum-zsaq`"
+            )
+
+    @classmethod
+    def _fields(cls) -> list[str]:
+        names = LowBitConfig.__init__.__code__.co_varnames[1 : LowBitConfig.__init__.__code__.co_argcount]
+        return [*names, *_STORED]
+
+    def _check_values(self) -> None:
+        for name, allowed in (
+            ("granularity", ("row", "tensor", "group")),
+            ("ranges", RANGE_METHODS),
+            ("activations", ("dynamic", "static")),
+            ("runtime", RUNTIMES),
+            ("symmetric", (True, False)),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)!r} is not allowed; use one of {allowed}")
+        for name in ("weight_bits", "embedding_bits", "activation_bits"):
+            bits = getattr(self, name)
+            if bits is None and name != "weight_bits":
+                continue
+            if isinstance(bits, bool) or not isinstance(bits, int) or not 2 <= bits <= 8:
+                none = "" if name == "weight_bits" else ", or None to leave them float"
+                raise ValueError(f"{name}={bits!r} is not a width we have codes for; use an integer from 2 to 8{none}")
+        if self.ranges == "ternary" and self.weight_bits != 2:
+            raise ValueError(
+                f"ranges='ternary' has three levels and got weight_bits={self.weight_bits!r}; "
+                "use weight_bits=2 or ranges='mse'"
+            )
+        if self.ranges == "ternary" and not self.symmetric:
+            raise ValueError("ranges='ternary' is symmetric and got symmetric=False; use symmetric=True or ranges='mse'")
+        if self.calibration_data is not None and (self.activations != "static" or self.activation_bits is None):
+            raise ValueError(
+                "calibration_data measures static input ranges and got "
+                f"activations={self.activations!r}, activation_bits={self.activation_bits!r}; "
+                "use activations='static' with activation_bits=8, or leave calibration_data out"
+            )
+        if self.activations == "static" and self.activation_bits is None:
+            raise ValueError("activations='static' needs a width; use activation_bits=8 or activations='dynamic'")
+        if self.outliers is not None and not 0.0 < self.outliers < 1.0:
+            raise ValueError(f"outliers={self.outliers!r} is not a share of the weights; use a number in (0, 1) or None")
+        if self.calibration_samples < 1:
+            raise ValueError(f"calibration_samples={self.calibration_samples!r} is not a count; use at least 1")
+        if isinstance(self.modules_to_not_convert, str):
+            raise ValueError(
+                f"modules_to_not_convert={self.modules_to_not_convert!r} is a string; use a list of strings"
+            )
+        self.scheme()
+        if self.modules is not None:
+            self._check_modules()
+
+    def _check_modules(self) -> None:
+        """The table decides what is read; the settings beside it must not tell another story."""
+        rows = self.default_rows()
+        for name, row in (("weight_bits", rows["linear"]), ("embedding_bits", rows["embedding"])):
+            if row is not None and getattr(self, name) != row.weight.bits:
+                raise ValueError(
+                    f"the quantization_config disagrees with itself: {name}={getattr(self, name)!r}, but its table has "
+                    f"{row.weight.bits} bits; restore config.json from where the checkpoint came from"
+                )
+
+    def scheme(self) -> QuantScheme:
+        """What these settings make of a float model."""
+        ternary = self.ranges == "ternary"
+        spec = {"group_size": self.group_size, "symmetric": self.symmetric}
+        weights = QuantSpec(self.weight_bits, self.granularity, ternary=ternary, **spec)
+        embeddings = self.embedding_bits and QuantSpec(
+            self.embedding_bits,
+            "group" if self.granularity == "group" else "row",
+            ternary=ternary and self.embedding_bits == 2,
+            **spec,
+        )
+        granularity = "token" if self.activations == "dynamic" else "tensor"
+        activations = self.activation_bits and QuantSpec(self.activation_bits, granularity, symmetric=False)
+        skip = tuple(self.modules_to_not_convert or ())
+        return QuantScheme(weights, embeddings or None, activations or None, skip, self.outliers or 0.0)
+
+    # The table of specs by module ------------------------------------------------------------------------------------
+
+    def default_rows(self) -> dict[str, LayerSpec | None]:
+        """The table's default rows, "linear" and "embedding"."""
+        return {kind: _row(self.modules[kind]) for kind in ("linear", "embedding")}
+
+    def describe_model(self, model: nn.Module) -> None:
+        """Write the table of a model's low-bit layers, and the list of what stays float, into this config."""
+        facts = reader_of(model).facts(model)
+        layers = {name: layer for name, layer in low_bit_layers(model) if layer.owner is layer}
+        rows: dict[str, list[tuple[str, LayerSpec]]] = {"linear": [], "embedding": []}
+        for name, layer in layers.items():
+            rows["embedding" if kind_of(layer).table else "linear"].append((body_name(model, name), layer.spec))
+        default = {kind: _most_common([row for _, row in found]) for kind, found in rows.items()}
+        self.modules = {kind: row and asdict(row) for kind, row in default.items()}
+        self.modules["exceptions"] = {
+            name: asdict(row) for kind, found in rows.items() for name, row in found if row != default[kind]
+        }
+        self.modules["float"] = [body_name(model, name) for name in _float_layers(model, facts)]
+
+    def table(self, model: nn.Module) -> dict[str, LayerSpec]:
+        """The layers of a float model that this checkpoint holds in low bits: name -> row, tied layers included."""
+        facts = reader_of(model).facts(model)
+        default, table = self.default_rows(), {}
+        for name, module in model.named_modules():
+            kind = kind_of(module)
+            short = body_name(model, name)
+            if kind is None or short in self.modules["float"] or name in facts.tied:
+                continue
+            wanted = name in facts.tables if kind.table else name not in facts.heads
+            exception = self.modules["exceptions"].get(short)
+            row = _row(exception) if exception else default["embedding" if kind.table else "linear"]
+            if row is not None and (wanted or exception):
+                table[name] = row
+        for name, owner in facts.tied.items():
+            if owner in table and kind_of(model.get_submodule(name)) is not None:
+                table[name] = LayerSpec(table[owner].weight, None, table[owner].outliers)
+        return table
+
+    # transformers' contract ------------------------------------------------------------------------------------------
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON that is stored; loading attributes and calibration data are left out."""
+        fields = {name: value for name, value in vars(self).items() if name not in _NEVER_STORED}
+        return copy.deepcopy({"algorithm": self.algorithm, **fields})
+
+    def __iter__(self):
+        yield from self.to_dict().items()
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is type(self) and other.to_dict() == self.to_dict()
+
+    __hash__ = None
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """As `dict.get`: transformers asks a config that is passed as `config=` so."""
+        return getattr(self, name, default)
+
+    def get_loading_attributes(self) -> dict[str, Any]:
+        """What a caller may change of a stored config when loading."""
+        return {"runtime": self.runtime}
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any):
+        """The config that a dict describes; its "algorithm" picks the class.
+
+        Raises:
+            ValueError: an unknown algorithm, or see the class.
+        """
+        fields = {**config_dict, **kwargs}
+        name = fields.pop("algorithm", cls.algorithm)
+        if name not in ALGORITHMS:
+            raise ValueError(
+                f"algorithm={name!r} is unknown to this optimum-zsaq, which has {sorted(ALGORITHMS)}; "
+                "use one of them, or run `pip install --upgrade optimum-zsaq`"
+            )
+        config = ALGORITHMS[name](**fields)
+        return (config, {}) if return_unused_kwargs else config
+
+    @classmethod
+    def from_json_file(cls, path: str | Path) -> "LowBitConfig":
+        """The config that a JSON file describes."""
+        return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+
+
+class PreQuantConfig(LowBitConfig):
+    """PreQuant's first stage: task-agnostic, data-free quantization of a pre-trained model.
+
+    Each weight matrix gets its codes from its own values alone, with the range strategies that the paper names (min-max,
+    MSE, row-wise). `outliers=0.005` also stores, for each matrix, where its outlier weights are and their float residuals:
+    the start of PreQuant's second stage, and a better model by itself. See `LowBitConfig` for the fields.
+
+    Source: https://huggingface.co/papers/2306.00014; bits, symmetry and outlier criterion are our choice
+    (docs/methods/prequant.md), the paper's are unknown to us.
+    """
+
+    algorithm = "prequant"
+
+
+ALGORITHMS.update({config.algorithm: config for config in (LowBitConfig, PreQuantConfig)})
+
+
+def body_name(model: nn.Module, name: str) -> str:
+    """A module's name as checkpoints write it: without the prefix of the pre-trained body."""
+    prefix = getattr(model, "base_model_prefix", "")
+    return name.removeprefix(f"{prefix}.") if prefix else name
+
+
+def _row(fields: dict[str, Any] | None) -> LayerSpec | None:
+    if fields is None:
+        return None
+    inputs = fields.get("inputs")
+    return LayerSpec(QuantSpec(**fields["weight"]), inputs and QuantSpec(**inputs), fields.get("outliers", 0.0))
+
+
+def _most_common(rows: list[LayerSpec]) -> LayerSpec | None:
+    return Counter(rows).most_common(1)[0][0] if rows else None
+
+
+def _float_layers(model: nn.Module, facts: ModelFacts) -> list[str]:
+    """The Linear layers and tables that are float, whether they could be low-bit or not."""
+    low_bit = {name for name, _ in low_bit_layers(model)}
+    layers = (name for name, m in model.named_modules() if kind_of(m) is not None or isinstance(m, nn.Embedding))
+    return [name for name in layers if name not in low_bit]

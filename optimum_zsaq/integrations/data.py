@@ -1,0 +1,195 @@
+"""Calibration data: from what a user has (texts, dicts, a Dataset, a file), or from nothing, to batches a model is called with."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+
+Batch = dict[str, Tensor]
+_BATCH_SIZE = 16
+_MAX_LENGTH = 128
+_SAMPLED_LENGTH = 64
+_READERS = {
+    ".txt": "text",
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".json": "json",
+    ".jsonl": "json",
+    ".parquet": "parquet",
+}
+
+
+def read_file(path: str | Path) -> Any:
+    """A `datasets.Dataset` of a TSV, CSV, JSON(L), parquet or plain text file; each line of a text file is a row "text".
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: an unknown kind of file.
+    """
+    from datasets import load_dataset
+    from datasets.utils.logging import disable_progress_bar
+
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    if path.suffix not in _READERS:
+        raise ValueError(f"{path.name} is of no kind we read; use a file that ends with one of {sorted(_READERS)}")
+    options: dict[str, Any] = {}
+    if path.suffix == ".tsv":
+        options = {"sep": "\t", "quoting": 3}
+    disable_progress_bar()
+    return load_dataset(_READERS[path.suffix], data_files=str(path), split="train", **options)
+
+
+def read_texts(data: Any, limit: int) -> list[dict[str, str]]:
+    """The first `limit` samples of what a user gives as data, each {"text": ..., "text_pair": ...}.
+
+    Args:
+        data: a list of strings, a list of dicts with "text" (and "text_pair"), a `datasets.Dataset` with these columns
+            (or with "sentence"), or the path of a file that holds one.
+        limit (`int`): samples to take.
+
+    Raises:
+        ValueError: no samples, or samples without text.
+        TypeError: data of another type.
+    """
+    if isinstance(data, str | Path):
+        data = read_file(data)
+    if hasattr(data, "column_names"):
+        data = list(data.select(range(min(limit, len(data)))))
+    if not isinstance(data, list | tuple):
+        raise TypeError(
+            f"calibration_data is a {type(data).__name__}; use a list of strings, a list of dicts with 'text', "
+            "a datasets.Dataset or the path of a file"
+        )
+    samples = [_sample(sample) for sample in data[:limit]]
+    samples = [sample for sample in samples if sample["text"].strip()]
+    if not samples:
+        raise ValueError("calibration_data holds no text; give at least one sentence")
+    return samples
+
+
+def _sample(sample: Any) -> dict[str, str]:
+    if isinstance(sample, str):
+        return {"text": sample}
+    if isinstance(sample, dict):
+        text = sample.get("text", sample.get("sentence"))
+        pair = sample.get("text_pair")
+        if isinstance(text, str):
+            return {"text": text, **({"text_pair": pair} if isinstance(pair, str) else {})}
+    raise ValueError(f"calibration_data has a sample without text: {sample!r:.100}; use strings or dicts with 'text'")
+
+
+def describe_data(data: Any, limit: int) -> dict[str, Any]:
+    """Kind, count and hash of calibration data, never its text."""
+    samples = read_texts(data, limit)
+    digest = hashlib.sha256(json.dumps(samples, ensure_ascii=False).encode()).hexdigest()
+    kind = "file" if isinstance(data, str | Path) else "dataset" if hasattr(data, "column_names") else "list"
+    return {"kind": kind, "count": len(samples), "sha256": digest}
+
+
+def find_tokenizer(model: PreTrainedModel) -> PreTrainedTokenizerBase:
+    """The tokenizer beside the checkpoint that a model was loaded from, with a padding token.
+
+    Raises:
+        ValueError: there is none.
+    """
+    source = model.config.name_or_path
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"calibration_data is text, but no tokenizer was found at {source!r}; save the model's tokenizer there, "
+            "or call optimum_zsaq.calibrate(model, batches) with token ids"
+        ) from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def text_batches(model: PreTrainedModel, data: Any, limit: int) -> Iterator[Batch]:
+    """Texts as batches of at most 16 sequences of at most 128 tokens, on the model's device."""
+    tokenizer = find_tokenizer(model)
+    samples = read_texts(data, limit)
+    for start in range(0, len(samples), _BATCH_SIZE):
+        part = samples[start : start + _BATCH_SIZE]
+        pairs = [sample.get("text_pair", "") for sample in part] if any("text_pair" in s for s in part) else None
+        batch = tokenizer(
+            [sample["text"] for sample in part],
+            pairs,
+            padding=True,
+            truncation=True,
+            max_length=_MAX_LENGTH,
+            return_tensors="pt",
+        )
+        yield complete_batch(model, dict(batch))
+
+
+def sampled_batches(model: PreTrainedModel, count: int, seed: int) -> Iterator[Batch]:
+    """`count` sequences of 64 tokens drawn uniformly from the vocabulary: calibration without data.
+
+    Special tokens are kept out of the middle and, where the tokenizer puts them, at the ends. A causal language model
+    writes the sequences itself, by sampling from its own distribution after one random token.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    try:
+        tokenizer = find_tokenizer(model)
+    except ValueError:
+        tokenizer = None
+    allowed = _plain_tokens(model, tokenizer)
+    for start in range(0, count, _BATCH_SIZE):
+        size = min(_BATCH_SIZE, count - start)
+        ids = allowed[torch.randint(len(allowed), (size, _SAMPLED_LENGTH), generator=generator)]
+        if model.can_generate() and not model.config.is_encoder_decoder:
+            ids = _continue(model, ids[:, :1], seed + start)
+        elif tokenizer is not None:
+            ids = torch.tensor([_with_special_tokens(tokenizer, row) for row in ids.tolist()])
+        yield complete_batch(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+
+
+def _plain_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> Tensor:
+    size = model.get_input_embeddings().weight.shape[0]
+    special = set() if tokenizer is None else set(tokenizer.all_special_ids)
+    if tokenizer is None:
+        special = {i for i in (model.config.pad_token_id, model.config.bos_token_id, model.config.eos_token_id) if i}
+    return torch.tensor([token for token in range(size) if token not in special])
+
+
+def _with_special_tokens(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
+    first = [i for i in (tokenizer.cls_token_id, tokenizer.bos_token_id) if i is not None][:1]
+    last = [i for i in (tokenizer.sep_token_id, tokenizer.eos_token_id) if i is not None][:1]
+    return [*first, *ids[: _SAMPLED_LENGTH - len(first) - len(last)], *last]
+
+
+def _continue(model: PreTrainedModel, ids: Tensor, seed: int) -> Tensor:
+    """Extend sequences with samples from the model's own distribution; the global random state is left alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        new = _SAMPLED_LENGTH - ids.shape[1]
+        return model.generate(
+            ids.to(model.device),
+            attention_mask=torch.ones_like(ids, device=model.device),
+            do_sample=True,
+            top_k=0,
+            top_p=1.0,
+            min_new_tokens=new,
+            max_new_tokens=new,
+            pad_token_id=model.generation_config.pad_token_id or 0,
+        )
+
+
+def complete_batch(model: PreTrainedModel, batch: Batch) -> Batch:
+    """A batch on the model's device, with the decoder's inputs for an encoder-decoder model: the same tokens, shifted."""
+    batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+    if model.config.is_encoder_decoder and "decoder_input_ids" not in batch:
+        start = model.config.decoder_start_token_id
+        ids = batch["input_ids"]
+        first = torch.full_like(ids[:, :1], 0 if start is None else start)
+        batch["decoder_input_ids"] = torch.cat([first, ids[:, :-1]], dim=1)
+    return batch

@@ -1,0 +1,66 @@
+"""What the lower floors must know of transformers' models, handed down by registration."""
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from ..layers import LowBitLayer
+from ..surgery import ModelFacts, ModelReader, register_embedding, register_reader, register_transposed
+
+
+class TransformersReader(ModelReader):
+    """Reads a `PreTrainedModel`: input embeddings, tied weights and heads as the model itself declares them."""
+
+    def reads(self, model: nn.Module) -> bool:
+        return isinstance(model, PreTrainedModel)
+
+    def facts(self, model: PreTrainedModel) -> ModelFacts:
+        names = {id(module): name for name, module in model.named_modules()}
+        tables = {names[id(table)] for table in _input_tables(model) if id(table) in names}
+        base, output = model.base_model, model.get_output_embeddings()
+        body = {id(module) for module in base.modules()}
+        heads = {name for name, module in model.named_modules() if id(module) not in body}
+        if isinstance(output, nn.Module) and id(output) in names:
+            heads.add(names[id(output)])
+        return ModelFacts(frozenset(tables), _tied_layers(model), frozenset(heads))
+
+    def changed(self, model: PreTrainedModel) -> None:
+        from .quantizer import attach_quantizer
+
+        attach_quantizer(model)
+
+
+def _input_tables(model: PreTrainedModel) -> list[nn.Embedding]:
+    tables = []
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            try:
+                table = module.get_input_embeddings()
+            except NotImplementedError:  # a model that reads no token ids
+                continue
+            if isinstance(table, nn.Embedding):
+                if type(table).__name__.endswith("ScaledWordEmbedding") and not isinstance(table, LowBitLayer):
+                    register_embedding(type(table))
+                tables.append(table)
+    return tables
+
+
+def _tied_layers(model: PreTrainedModel) -> dict[str, str]:
+    """Layer -> layer whose weight it shares, from transformers' parameter names."""
+    suffix = ".weight"
+    pairs = model.all_tied_weights_keys.items()
+    return {t.removesuffix(suffix): s.removesuffix(suffix) for t, s in pairs if t.endswith(suffix) and s.endswith(suffix)}
+
+
+def _build_conv1d(layer: LowBitLayer, weight: Tensor) -> nn.Module:
+    conv = Conv1D.__new__(Conv1D)
+    nn.Module.__init__(conv)
+    conv.nf, conv.nx = layer.out_features, layer.in_features
+    conv.weight, conv.bias = nn.Parameter(weight.t().contiguous()), layer.bias
+    return conv
+
+
+def register_models() -> None:
+    """Make transformers' models and layer types known to `surgery`."""
+    register_reader(TransformersReader())
+    register_transposed(Conv1D, _build_conv1d)

@@ -1,0 +1,266 @@
+"""transformers' loading and saving of low-bit models: `from_pretrained` calls these hooks (transformers 5, quantizers/base.py)."""
+
+import logging
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.core_model_loading import ConversionOps
+from transformers.integrations.accelerate import load_offloaded_parameter
+from transformers.quantizers.base import HfQuantizer
+
+from ..layers import LowBitLayer, PackedEmbedding, PackedLinear
+from ..layers.common import INTEGERS, SCALES
+from ..surgery import kind_of, low_bit_layers, quantize_weight, select, set_runtime, skeleton, swap, unpack
+from .checkpoint import CheckpointError, header, verify_files
+from .configs import LowBitConfig
+from .recipe import calibrate_on_load, write_recipe
+from .saving import attach_saving, detach_saving
+
+
+logger = logging.getLogger(__name__)
+
+_MARKER_DTYPE = torch.float8_e4m3fn  # the marker's zeros take one byte a row on disk
+
+
+class QuantizeOnLoad(ConversionOps):
+    """Turns one float weight into codes and scales as soon as it is read."""
+
+    def __init__(self, quantizer: "LowBitQuantizer"):
+        self.quantizer = quantizer
+
+    def convert(self, input_dict: dict[str, Any], full_layer_name: str, model: nn.Module, **_: Any) -> dict[str, Tensor]:
+        """{source: weight} -> {full name: tensor} of the packed layer, or of the layer it is tied to."""
+        ((_, weight),) = input_dict.items()
+        weight = weight[0] if isinstance(weight, list) else weight
+        name = full_layer_name.removesuffix(".weight")
+        layer = model.get_submodule(name)
+        if layer.owner is not layer:
+            layer = layer.owner
+            name = next(n for n, module in model.named_modules() if module is layer)
+        self._check(name, layer, weight)
+        try:
+            tensors = quantize_weight(layer, weight, self.quantizer.quantization_config.ranges)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+        self._check_tie(name, layer, tensors)
+        marker = layer.weight.new_zeros(layer.weight.shape, device=weight.device)
+        self.quantizer.found.add(name)
+        tensors = {"weight": marker, **tensors}
+        return {f"{name}.{key}": nn.Parameter(value, requires_grad=False) for key, value in tensors.items()}
+
+    def _check(self, name: str, layer: LowBitLayer, weight: Tensor) -> None:
+        transposed = kind_of(layer).build.__name__ == "_build_conv1d"
+        expected = (layer.columns, layer.rows) if transposed else (layer.rows, layer.columns)
+        if tuple(weight.shape) != expected:
+            raise ValueError(
+                f"the checkpoint's {name}.weight has shape {tuple(weight.shape)} instead of {expected}; a model that is "
+                "sharded while it loads is quantized in one process first, saved, and loaded sharded then"
+            )
+
+    def _check_tie(self, name: str, layer: LowBitLayer, tensors: dict[str, Tensor]) -> None:
+        if name in self.quantizer.found and not torch.equal(layer.weight_codes, tensors["weight_codes"]):
+            raise ValueError(
+                f"the checkpoint has another weight for a layer that is tied to {name} by its config; "
+                "load it with tie_word_embeddings=False"
+            )
+
+
+class LowBitQuantizer(HfQuantizer):
+    """Loads and saves low-bit models for transformers; one class for every algorithm.
+
+    `found` names the packed layers whose weights were read; the others are new, and become float layers again.
+    """
+
+    requires_calibration = False
+    quantization_config: LowBitConfig
+
+    def __init__(self, quantization_config: LowBitConfig, **kwargs: Any):
+        super().__init__(quantization_config, **kwargs)
+        self.found: set[str] = set()
+        self._device_map: Any = None
+
+    @property
+    def is_trainable(self) -> bool:
+        """Through adapters on a packed model, or as it is when fake-quantized."""
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        """Only a fake-quantized model has float weights to train."""
+        return not self.quantization_config.packed
+
+    def is_serializable(self) -> bool:
+        """Every state can be saved."""
+        return True
+
+    # Loading ---------------------------------------------------------------------------------------------------------
+
+    def update_device_map(self, device_map: Any) -> Any:
+        self._device_map = device_map
+        return device_map
+
+    def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """float16 is slow and imprecise on CPUs: a float16 checkpoint loads as float32 there, unless the user said so."""
+        if dtype == torch.float16 and _on_cpu(self._device_map) and _user_dtype() in (None, "auto"):
+            logger.warning("The checkpoint is float16; on CPU its float part is loaded as float32 (dtype= overrides this).")
+            return torch.float32
+        return dtype
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_: Any
+    ) -> PreTrainedModel:
+        config = self.quantization_config
+        if not self.pre_quantized:
+            skeleton(model, select(model, config.scheme()), config.packed)
+            return model
+        if config.modules is None:
+            raise CheckpointError(
+                "the quantization_config of this checkpoint has no table of modules, so it cannot be read; "
+                "restore config.json from where the checkpoint came from"
+            )
+        files = [file for file in checkpoint_files or [] if str(file).endswith(".safetensors")]
+        if config.packed:
+            verify_files(files, config.modules)
+        skeleton(model, config.table(model), config.packed)
+        return model
+
+    def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **_: Any) -> bool:
+        layer_name, _, name = param_name.rpartition(".")
+        if self.pre_quantized or not self.quantization_config.packed or name != "weight":
+            return False
+        return isinstance(model.get_submodule(layer_name), LowBitLayer)
+
+    def get_quantize_ops(self) -> QuantizeOnLoad:
+        return QuantizeOnLoad(self)
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
+        config = self.quantization_config
+        self._restore_new_layers(model)
+        for _, layer in low_bit_layers(model):
+            for name in (*SCALES, *INTEGERS):
+                if getattr(layer, name) is not None:
+                    getattr(layer, name).requires_grad_(False)
+            if isinstance(layer, PackedLinear | PackedEmbedding):
+                layer.weight.requires_grad_(False)
+        set_runtime(model, config.runtime)
+        if not self.pre_quantized:
+            data = calibrate_on_load(model, config)
+            config.describe_model(model)
+            write_recipe(model, config, data)
+        attach_saving(model)
+        return model
+
+    def _restore_new_layers(self, model: PreTrainedModel) -> None:
+        """Layers that the checkpoint does not contain become float layers with the model's own initialisation."""
+        layers = {name: layer for name, layer in low_bit_layers(model) if layer.owner is layer}
+        new = [name for name, layer in layers.items() if not self._was_read(name, layer)]
+        if not new:
+            return
+        swap(model, {n: _empty_float for n in new}, {n: layers[n].spec for n in new})
+        for name in new:
+            model._init_weights(model.get_submodule(name))
+        logger.warning("Not in the checkpoint, newly initialised and left float: %s", ", ".join(new))
+
+    def _was_read(self, name: str, layer: LowBitLayer) -> bool:
+        if not self.quantization_config.packed:
+            return True
+        if not self.pre_quantized:
+            return name in self.found
+        tensors = ("weight_codes", "weight_scale", "weight_zero_point", "weight_outlier_positions")
+        read = [_is_read(getattr(layer, t)) for t in tensors if getattr(layer, t) is not None]
+        if any(read) and not all(read):
+            raise CheckpointError(
+                f"the config and the weights disagree: the checkpoint lacks some tensors of {name}; "
+                "take config.json and the safetensors files from the same checkpoint"
+            )
+        return all(read)
+
+    # Saving and leaving ----------------------------------------------------------------------------------------------
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
+        if getattr(model, "_hf_peft_config_loaded", False):
+            return None, {}
+        self.quantization_config.describe_model(model)
+        state_dict = model.state_dict()
+        for name, layer in low_bit_layers(model):
+            if isinstance(layer, PackedLinear | PackedEmbedding):
+                key = f"{name}.weight"
+                if layer.owner is not layer:
+                    del state_dict[key]
+                else:
+                    state_dict[key] = torch.zeros_like(state_dict[key], dtype=_MARKER_DTYPE, device="cpu")
+        for key, tensor in state_dict.items():
+            if tensor.device.type == "meta":
+                state_dict[key] = load_offloaded_parameter(model, key)
+        return state_dict, header(state_dict, self.quantization_config.modules)
+
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        return unpack(model, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+
+
+def _is_read(parameter: nn.Parameter) -> bool:
+    return getattr(parameter, "_is_hf_initialized", False)
+
+
+def _empty_float(layer: LowBitLayer, _: Any) -> nn.Module:
+    weight = layer.weight.new_zeros(layer.rows, layer.columns)
+    return kind_of(layer).build(layer, weight)
+
+
+def _on_cpu(device_map: Any) -> bool:
+    if device_map is None:
+        return torch.get_default_device().type == "cpu"
+    devices = device_map.values() if isinstance(device_map, dict) else [device_map]
+    return all(str(device) == "cpu" for device in devices) or not torch.accelerator.is_available()
+
+
+def _user_dtype() -> Any:
+    """The `dtype=` that the user gave `from_pretrained`; transformers hands `update_dtype` only what it resolved it to."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == "from_pretrained" and "dtype" in frame.f_locals:
+            return frame.f_locals["dtype"]
+        frame = frame.f_back
+    return torch.float16
+
+
+def attach_quantizer(model: PreTrainedModel) -> None:
+    """Make a model that `prepare`, `pack` or `unpack` changed save and reload as what it is now."""
+    layers = [layer for _, layer in low_bit_layers(model)]
+    if not layers:
+        if getattr(model, "hf_quantizer", None) is not None:
+            model.hf_quantizer.remove_quantization_config(model)
+        detach_saving(model)
+        return
+    config = getattr(model.config, "quantization_config", None)
+    config = config if isinstance(config, LowBitConfig) else _config_of(layers)
+    config.packed = all(isinstance(layer, PackedLinear | PackedEmbedding) for layer in layers)
+    config.describe_model(model)
+    if config.recipe is None:
+        write_recipe(model, config, None)
+    model.config.quantization_config = config
+    model.hf_quantizer = LowBitQuantizer(config, pre_quantized=True)
+    model.is_quantized, model.quantization_method = True, config.quant_method
+    attach_saving(model)
+
+
+def _config_of(layers: list[LowBitLayer]) -> LowBitConfig:
+    """A config whose settings say what the layers are."""
+    linear = [layer.spec for layer in layers if not kind_of(layer).table]
+    tables = [layer.spec for layer in layers if kind_of(layer).table]
+    main = (linear or tables)[0]
+    inputs = main.inputs
+    return LowBitConfig(
+        weight_bits=main.weight.bits,
+        embedding_bits=tables[0].weight.bits if tables else None,
+        activation_bits=inputs.bits if inputs else None,
+        granularity=main.weight.granularity,
+        group_size=main.weight.group_size,
+        symmetric=main.weight.symmetric,
+        ranges="ternary" if main.weight.ternary else "mse",
+        activations="static" if inputs and inputs.granularity == "tensor" else "dynamic",
+        outliers=main.outliers or None,
+    )

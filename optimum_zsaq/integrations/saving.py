@@ -1,0 +1,126 @@
+"""`save_pretrained` and `push_to_hub` of a low-bit model: as transformers', with a model card, and whole or not at all.
+
+transformers calls a quantizer for the state dict only, and `push_to_hub` puts its own card in place of a model's; so the two
+methods are set on the model instance. Everything is written beside the target first and moved when it is complete.
+"""
+
+import os
+import re
+import shutil
+import tempfile
+from pathlib import Path
+from types import MethodType
+from typing import Any
+
+from huggingface_hub import ModelCard
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from transformers import PreTrainedModel
+from transformers.utils.hub import hf_api
+
+from .model_card import MARK, model_card
+
+
+_METHODS = ("save_pretrained", "push_to_hub")
+_WEIGHT_FILES = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
+
+
+def attach_saving(model: PreTrainedModel) -> None:
+    """Give a low-bit model the methods below."""
+    model.save_pretrained = MethodType(_save_pretrained, model)
+    model.push_to_hub = MethodType(_push_to_hub, model)
+
+
+def detach_saving(model: PreTrainedModel) -> None:
+    """Give a model transformers' methods back."""
+    for name in _METHODS:
+        vars(model).pop(name, None)
+
+
+def _save_pretrained(
+    self: PreTrainedModel,
+    save_directory: str | os.PathLike,
+    is_main_process: bool = True,
+    state_dict: dict | None = None,
+    push_to_hub: bool = False,
+    **kwargs: Any,
+) -> None:
+    """As `PreTrainedModel.save_pretrained`; the files appear in `save_directory` only when all of them are written.
+
+    Raises:
+        ValueError: a `state_dict` is given: what is saved of a low-bit model is always its own.
+        NotADirectoryError: `save_directory` is a file.
+    """
+    if state_dict is not None:
+        raise ValueError("a low-bit model saves its own tensors; leave out state_dict=, or load it into the model first")
+    target = Path(save_directory)
+    if target.exists() and not target.is_dir():
+        raise NotADirectoryError(f"{target} is a file; give save_pretrained a folder")
+    original = type(self).save_pretrained
+    adapters = getattr(self, "_hf_peft_config_loaded", False)
+    if adapters or kwargs.get("distributed_checkpoint") or not self.should_save_on_this_rank(is_main_process):
+        original(self, target, is_main_process=is_main_process, push_to_hub=push_to_hub, **kwargs)
+        return
+    hub = {name: kwargs.pop(name, None) for name in ("repo_id", "commit_message", "create_pr", "private")}
+    target.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        original(self, staging, is_main_process=is_main_process, **kwargs)
+        (staging / "README.md").write_text(model_card(self, staging), encoding="utf-8")
+        _move(staging, target)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    if push_to_hub:
+        _upload(self, target, hub.pop("repo_id") or target.name, token=kwargs.get("token"), **hub)
+
+
+def _push_to_hub(self: PreTrainedModel, repo_id: str, **kwargs: Any) -> Any:
+    """As `PreTrainedModel.push_to_hub`; a card that a person wrote on the Hub stays, any other becomes ours."""
+    max_shard_size = kwargs.pop("max_shard_size", "50GB")
+    with tempfile.TemporaryDirectory() as folder:
+        self.save_pretrained(folder, max_shard_size=max_shard_size)
+        return _upload(self, Path(folder), repo_id, **kwargs)
+
+
+def _move(staging: Path, target: Path) -> None:
+    """Put complete files in place; weight files of an earlier save that are not replaced would mix in, so they go."""
+    target.mkdir(exist_ok=True)
+    new = {file.name for file in staging.iterdir()}
+    for file in staging.iterdir():
+        os.replace(file, target / file.name)
+    for file in target.iterdir():
+        if _WEIGHT_FILES.fullmatch(file.name) and file.name not in new:
+            file.unlink()
+
+
+def _upload(
+    model: PreTrainedModel,
+    folder: Path,
+    repo_id: str,
+    token: str | bool | None = None,
+    private: bool | None = None,
+    tags: list[str] | str | None = None,
+    create_pr: bool | None = None,
+    **commit: Any,
+) -> Any:
+    """Create the repository if need be and upload the folder's files in one commit, the card among them."""
+    repo_id = hf_api().create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
+    card = ModelCard((folder / "README.md").read_text(encoding="utf-8"))
+    theirs = _card_on_hub(repo_id, token)
+    if theirs is not None and MARK not in theirs.text:
+        card = theirs
+    wanted = [tags] if isinstance(tags, str) else list(tags or [])
+    have = list(card.data.tags or [])
+    card.data.tags = have + [tag for tag in (*wanted, *(model.model_tags or []), "zsaq") if tag not in have]
+    with tempfile.TemporaryDirectory() as upload:
+        shutil.copytree(folder, upload, dirs_exist_ok=True)
+        card.save(Path(upload) / "README.md")
+        return model._upload_modified_files(
+            upload, repo_id, files_timestamps={}, token=token, create_pr=bool(create_pr), **commit
+        )
+
+
+def _card_on_hub(repo_id: str, token: str | bool | None) -> ModelCard | None:
+    try:
+        return ModelCard.load(repo_id, token=token)
+    except (EntryNotFoundError, LocalEntryNotFoundError, OfflineModeIsEnabled):
+        return None

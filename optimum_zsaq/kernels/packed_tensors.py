@@ -1,0 +1,54 @@
+"""The tensors of one packed weight, as a kernel gets them."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ..ops import add_outliers, dequantize, fake_quantize, fake_quantize_tokens, unpack_codes
+from ..spec import LayerSpec, QuantSpec
+
+
+@dataclass(frozen=True)
+class PackedTensors:
+    """One packed weight (O, I) and what its layer does to the input.
+
+    Shapes: codes (O, ceil(I * bits / 8)) uint8; scale and zero_point as in `QuantSpec`; outlier_positions (k,) int32;
+    outlier_values (k,) float32; input_scale (1, 1) float32; input_zero_point (1, 1) uint8. What a scheme lacks is None.
+    `unpacked` (O, I) uint8 holds the same codes one a byte where a layer keeps them so (`runtime="fast"`).
+    """
+
+    spec: LayerSpec
+    columns: int
+    codes: Tensor
+    scale: Tensor
+    zero_point: Tensor | None = None
+    outlier_positions: Tensor | None = None
+    outlier_values: Tensor | None = None
+    input_scale: Tensor | None = None
+    input_zero_point: Tensor | None = None
+    unpacked: Tensor | None = None
+
+    def weight(self) -> Tensor:
+        """The dense weight (O, I) float32 that the codes and the outliers stand for."""
+        spec = self.spec.weight
+        codes = unpack_codes(self.codes, spec.bits, self.columns) if self.unpacked is None else self.unpacked
+        weight = dequantize(codes, self.scale, self.zero_point, spec)
+        if self.outlier_positions is not None:
+            weight = add_outliers(weight, self.outlier_positions, self.outlier_values)
+        return weight
+
+    def inputs(self, x: Tensor) -> Tensor:
+        """The input as the layer's scheme sees it, in x's dtype."""
+        return quantize_inputs(x, self.spec.inputs, self.input_scale, self.input_zero_point)
+
+
+def quantize_inputs(x: Tensor, spec: QuantSpec | None, scale: Tensor | None, zero_point: Tensor | None) -> Tensor:
+    """Quantize and dequantize a layer's input: not at all (None), per token, or on one stored range.
+
+    Shapes: x (..., I), scale (1, 1) float32, zero_point (1, 1) uint8 -> (..., I), in x's dtype.
+    """
+    if spec is None:
+        return x
+    if spec.granularity == "token":
+        return fake_quantize_tokens(x, spec).to(x.dtype)
+    return fake_quantize(x, scale, zero_point, spec).to(x.dtype)

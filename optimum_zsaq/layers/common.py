@@ -1,0 +1,73 @@
+"""What fake-quantized and packed layers share: the names and dtypes of their tensors, and tied layers.
+
+A tied layer (an output embedding, or a second input embedding, that reads the table of another layer) has no codes and no
+scale of its own: `owner` is the layer it reads them from.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from ..kernels.packed_tensors import quantize_inputs
+from ..spec import LayerSpec
+
+
+SCALES = ("weight_scale", "input_scale", "weight_outlier_values")  # float32 whatever the model's dtype
+INTEGERS = ("weight_codes", "weight_zero_point", "input_zero_point", "weight_outlier_positions")
+
+
+class LowBitLayer:
+    """A layer whose weight is low-bit, in either state. `spec` says what its tensors mean."""
+
+    spec: LayerSpec
+
+    @property
+    def owner(self) -> "LowBitLayer":
+        """The layer whose weight tensors this one reads: itself, unless it is tied."""
+        return self._tied[0] if self._tied else self
+
+    def tie_to(self, owner: "LowBitLayer") -> None:
+        """Read the weight of `owner` from now on; own weight tensors are given up."""
+        self._tied = (owner,)  # a tuple: a module attribute would register the owner a second time
+        for name in (*SCALES, *INTEGERS):
+            if not name.startswith("input"):
+                self.register_parameter(name, None)
+
+    def _set_tensor(self, name: str, value: Tensor | None) -> None:
+        """Register a scale (float32) or integer tensor as a frozen Parameter, so that DDP does not broadcast it."""
+        self.register_parameter(name, None if value is None else nn.Parameter(value, requires_grad=False))
+
+    def _new_input_tensors(self) -> None:
+        static = self.spec.inputs is not None and self.spec.inputs.granularity == "tensor"
+        self._set_tensor("input_scale", torch.ones(1, 1, dtype=torch.float32) if static else None)
+        self._set_tensor("input_zero_point", torch.zeros(1, 1, dtype=torch.uint8) if static else None)
+
+    def set_input_range(self, scale: Tensor, zero_point: Tensor) -> None:
+        """Store the static range of the input. Shapes: scale (1, 1) float32, zero_point (1, 1) uint8."""
+        with torch.no_grad():
+            self.input_scale.copy_(scale)
+            self.input_zero_point.copy_(zero_point)
+
+    def quantize_inputs(self, x: Tensor) -> Tensor:
+        """The input as the layer's scheme sees it. Shapes: x (..., I) -> (..., I), in x's dtype."""
+        return quantize_inputs(x, self.spec.inputs, self.input_scale, self.input_zero_point)
+
+    def _apply(self, fn, recurse: bool = True):
+        """As `nn.Module._apply`, but `model.to(bfloat16)` leaves scales float32."""
+        kept = {name: self._parameters[name] for name in SCALES if self._parameters.get(name) is not None}
+        kept = {name: parameter.data for name, parameter in kept.items()}
+        super()._apply(fn, recurse)
+        for name, value in kept.items():
+            parameter = self._parameters[name]
+            if parameter.dtype != torch.float32:
+                parameter.data = value.to(parameter.device)
+        return self
+
+    def extra_repr(self) -> str:
+        weight, inputs = self.spec.weight, self.spec.inputs
+        group = f"/{weight.group_size}" if weight.group_size else ""
+        text = f"W{weight.bits} {weight.granularity}{group}"
+        if inputs is not None:
+            text += f", A{inputs.bits} {'dynamic' if inputs.granularity == 'token' else 'static'}"
+        if self.spec.outliers:
+            text += f", outliers={self.spec.outliers}"
+        return f"{super().extra_repr()}, {text}{', tied' if self._tied else ''}"

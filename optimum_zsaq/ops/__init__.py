@@ -1,0 +1,28 @@
+"""Pure tensor maths: rounding, ranges, quantize/dequantize/fake-quantize, bit packing, outliers.
+
+Functions of tensors and a `QuantSpec`; no modules, no state, inputs are never changed.
+"""
+
+from .affine import dequantize, fake_quantize, fake_quantize_tokens, quantize
+from .outliers import add_outliers, gather_outlier_rows, largest_positions
+from .packing import pack_codes, packed_columns, unpack_codes
+from .ranges import RANGES, find_input_range, find_ranges
+from .rounding import round_ste
+
+
+__all__ = [
+    "RANGES",
+    "add_outliers",
+    "dequantize",
+    "fake_quantize",
+    "fake_quantize_tokens",
+    "find_input_range",
+    "find_ranges",
+    "gather_outlier_rows",
+    "largest_positions",
+    "pack_codes",
+    "packed_columns",
+    "quantize",
+    "round_ste",
+    "unpack_codes",
+]

@@ -1,0 +1,126 @@
+"""Quantize, dequantize and fake-quantize a tensor: the only place where codes become values.
+
+`fake_quantize(x)` equals `dequantize(quantize(x))` exactly; everything is computed in float32 (float64 stays float64).
+Does not find scales (see `ranges.py`) or pack bits (see `packing.py`).
+"""
+
+import torch
+from torch import Tensor
+
+from ..spec import QuantSpec
+from .rounding import replace_value, round_ste
+
+
+_THRESHOLD = 0.7  # TWN section 3.1: a weight is zero where |w| <= 0.7 * mean |w|
+
+
+def expand_slices(per_slice: Tensor, columns: int, spec: QuantSpec) -> Tensor:
+    """One value a slice -> one a weight, as far as broadcasting needs it.
+
+    Shapes: per_slice (1, 1), (O, 1) or (O, ceil(I / g)) -> (1, 1), (O, 1) or (O, I).
+    """
+    if spec.granularity != "group":
+        return per_slice
+    return per_slice.repeat_interleave(spec.group_size, dim=-1)[..., :columns]
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """float64 for float64, float32 for every other float dtype."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _levels(x: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec) -> Tensor:
+    """The integer multiple of the scale that each value becomes, as floats, with straight-through gradients."""
+    if spec.ternary:
+        return replace_value(x / scale, ternary_levels(x.detach(), spec))
+    shift = 0 if zero_point is None else zero_point.to(x.dtype)
+    bounded = torch.clamp(x / scale, _tensor(spec.lowest - shift, x), _tensor(spec.highest - shift, x))
+    return round_ste(bounded)
+
+
+def _tensor(bound: Tensor | int, like: Tensor) -> Tensor:
+    return bound if isinstance(bound, Tensor) else like.new_tensor(float(bound))
+
+
+def ternary_levels(x: Tensor, spec: QuantSpec) -> Tensor:
+    """TWN's codes {-1, 0, 1} of a weight; the threshold is 0.7 times the mean magnitude of each slice.
+
+    Shapes: x (O, I) -> (O, I).
+    """
+    return torch.sign(x) * (x.abs() > _THRESHOLD * expand_slices(slice_means(x.abs(), spec), x.shape[-1], spec))
+
+
+def slice_means(x: Tensor, spec: QuantSpec) -> Tensor:
+    """Mean of each slice that shares a scale.
+
+    Shapes: x (O, I) -> (1, 1), (O, 1) or (O, ceil(I / g)).
+    """
+    if spec.granularity == "tensor":
+        return x.mean().view(1, 1)
+    if spec.granularity == "row":
+        return x.mean(dim=-1, keepdim=True)
+    size = spec.group_size
+    whole = x.shape[-1] // size * size
+    means = [x[:, :whole].unflatten(-1, (-1, size)).mean(dim=-1)] if whole else []
+    if whole < x.shape[-1]:
+        means.append(x[:, whole:].mean(dim=-1, keepdim=True))
+    return torch.cat(means, dim=-1)
+
+
+def _operands(x: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec):
+    dtype = compute_dtype(x)
+    scale = expand_slices(scale, x.shape[-1], spec).to(dtype)
+    if zero_point is not None:
+        zero_point = expand_slices(zero_point, x.shape[-1], spec).to(dtype)
+    return x.to(dtype), scale, zero_point
+
+
+def quantize(x: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec) -> Tensor:
+    """The codes of a tensor, as unsigned integers of `spec.bits` bits.
+
+    Shapes: x (O, I) any float dtype, scale and zero_point as in `QuantSpec` -> (O, I) uint8; a symmetric code c is
+    stored as c + 2^(bits - 1).
+    """
+    x, scale, zero_point = _operands(x.detach(), scale.detach(), zero_point, spec)
+    levels = _levels(x, scale, zero_point, spec)
+    return (levels + (spec.offset if zero_point is None else zero_point)).to(torch.uint8)
+
+
+def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec) -> Tensor:
+    """The values that codes stand for.
+
+    Shapes: codes (O, I) uint8, scale and zero_point as in `QuantSpec` -> (O, I) float32.
+    """
+    levels = codes.to(torch.float32)
+    levels -= spec.offset if zero_point is None else expand_slices(zero_point, codes.shape[-1], spec).to(levels.dtype)
+    return levels * expand_slices(scale, codes.shape[-1], spec)
+
+
+def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec) -> Tensor:
+    """`dequantize(quantize(x))`, differentiable in x and in the scale.
+
+    Shapes: x (O, I) or, for spec.granularity "tensor", (..., I) -> same shape, float32 (float64 for float64).
+
+    The gradient of x is 1 inside the range and 0 outside (ternary: 1 everywhere); that of the scale is
+    round(x / s) - x / s inside the range and the bound outside it (LSQ, https://huggingface.co/papers/1902.08153, eq. 3).
+    """
+    x, scale, zero_point = _operands(x, scale, zero_point, spec)
+    return _levels(x, scale, zero_point, spec) * scale
+
+
+def fake_quantize_tokens(x: Tensor, spec: QuantSpec) -> Tensor:
+    """Quantize and dequantize each token on its own range, which is found from its values (dynamic, asymmetric).
+
+    Shapes: x (..., I) any float dtype -> (..., I) float32 (float64 for float64). The range of a token is
+    [min(x, 0), max(x, 0)], so zero stays zero; the gradient is that of the identity.
+    """
+    x = x.to(compute_dtype(x))
+    value = x.detach()
+    low = value.amin(dim=-1, keepdim=True).clamp(max=0.0)
+    high = value.amax(dim=-1, keepdim=True).clamp(min=0.0)
+    highest = 2**spec.bits - 1
+    scale = (high - low) / highest
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    zero_point = torch.round(-low / scale)
+    codes = torch.clamp(torch.round(value / scale), -zero_point, highest - zero_point)
+    return replace_value(x, codes * scale)

@@ -1,0 +1,59 @@
+"""The few weights of a matrix whose float residual is kept beside the codes: where they are, and adding them back.
+
+PreQuant (https://huggingface.co/papers/2306.00014) tunes about 0.5 % "outlier" weights a task; its criterion is unknown to
+us. Largest magnitude over the whole matrix is our choice, measured in docs/methods/prequant.md.
+"""
+
+import torch
+from torch import Tensor
+
+
+_CHUNK = 2**22
+
+
+def largest_positions(weight: Tensor, count: int) -> Tensor:
+    """Positions of the `count` largest magnitudes of a matrix, ascending.
+
+    Shapes: weight (O, I) -> (count,) int32, positions in `weight.flatten()`. Of equal magnitudes the one that
+    `torch.topk` returns is taken. The weight is read in chunks, so that no second copy of a large table is made.
+
+    Raises:
+        ValueError: the matrix has more elements than an int32 can count.
+    """
+    flat = weight.detach().reshape(-1)
+    if flat.numel() > torch.iinfo(torch.int32).max:
+        raise ValueError(
+            f"a matrix of {flat.numel()} weights is too large for int32 outlier positions; "
+            "name it in modules_to_not_convert or use outliers=None"
+        )
+    values, positions = flat.new_empty(0, dtype=torch.float32), flat.new_empty(0, dtype=torch.int64)
+    for start in range(0, flat.numel(), _CHUNK):
+        chunk = flat[start : start + _CHUNK].float().abs()
+        top, where = torch.topk(chunk, min(count, chunk.numel()))
+        values, positions = torch.cat([values, top]), torch.cat([positions, where + start])
+        values, keep = torch.topk(values, min(count, values.numel()))
+        positions = positions[keep]
+    return positions.sort().values.to(torch.int32)
+
+
+def add_outliers(weight: Tensor, positions: Tensor, values: Tensor) -> Tensor:
+    """Add stored residuals to a dequantized weight.
+
+    Shapes: weight (O, I) float, positions (k,) int32, values (k,) float32 -> (O, I); differentiable in both.
+    """
+    return weight.reshape(-1).index_add(0, positions.long(), values.to(weight.dtype)).view_as(weight)
+
+
+def gather_outlier_rows(rows: Tensor, columns: int, positions: Tensor, values: Tensor) -> Tensor:
+    """The residuals of some rows of a matrix, as a dense matrix of those rows.
+
+    Shapes: rows (n,) int64 row numbers, positions (k,) int32 ascending, values (k,) float32 -> (n, columns) float32.
+    """
+    starts = torch.searchsorted(positions, (rows * columns).to(torch.int64))
+    counts = torch.searchsorted(positions, ((rows + 1) * columns).to(torch.int64)) - starts
+    owner = torch.repeat_interleave(torch.arange(len(rows), device=rows.device), counts)
+    first = counts.cumsum(0) - counts
+    index = torch.arange(len(owner), device=rows.device) - first[owner] + starts[owner]
+    target = owner * columns + positions[index].long() - rows[owner] * columns
+    dense = values.new_zeros(len(rows) * columns)
+    return dense.index_add(0, target, values[index]).view(len(rows), columns)

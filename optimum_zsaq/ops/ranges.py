@@ -1,0 +1,191 @@
+"""Finding scales and zero points: one function a method, in the registry `RANGES`.
+
+A method gets slices that share a scale, as rows (R, n) float32, and returns scale (R,) and zero point (R,) or None.
+A new method is one function here, one line in `RANGES` and one row in the tests.
+"""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from ..spec import QuantSpec
+from .affine import ternary_levels
+
+
+Range = tuple[Tensor, Tensor | None]
+_CHUNK = 2**18  # weights looked at together: bounds the temporary memory, and stays in the processor's cache
+_SHRINK = 0.92  # mse: step of the geometric grid of clipping ranges, our choice
+_STEPS = 32  # mse: the smallest range is 0.92^31 = 7.5 % of the full one
+_LEAST_SQUARES = 4  # mse: rounds of fitting the scale to the codes found
+
+
+def _positive(scale: Tensor) -> Tensor:
+    """A slice of zeros has no range; any scale represents it exactly, 1 is one."""
+    return torch.where(scale > 0, scale, torch.ones_like(scale))
+
+
+def _from_bounds(low: Tensor, high: Tensor, spec: QuantSpec) -> Range:
+    """Scale and zero point of the smallest range that holds [low, high] and zero."""
+    low, high = low.clamp(max=0.0), high.clamp(min=0.0)
+    if spec.symmetric:
+        return _positive(torch.maximum(high / spec.highest, -low / -spec.lowest)), None
+    scale = _positive((high - low) / spec.highest)
+    return scale, torch.clamp(torch.round(-low / scale), spec.lowest, spec.highest)
+
+
+def minmax(slices: Tensor, spec: QuantSpec) -> Range:
+    """The smallest range that clips nothing."""
+    return _from_bounds(slices.amin(dim=1), slices.amax(dim=1), spec)
+
+
+def lsq(slices: Tensor, spec: QuantSpec) -> Range:
+    """LSQ's start value 2 * mean|w| / sqrt(Qp) (https://huggingface.co/papers/1902.08153, section 2.1).
+
+    Asymmetric: twice that, with the minimum at code 0 where the range allows it (BinaryBERT's code does so).
+    """
+    factor = 2.0 if spec.symmetric else 4.0
+    scale = _positive(factor * slices.abs().mean(dim=1) / spec.highest**0.5)
+    if spec.symmetric:
+        return scale, None
+    return scale, torch.clamp(torch.round(-slices.amin(dim=1) / scale), spec.lowest, spec.highest)
+
+
+def ternary(slices: Tensor, spec: QuantSpec) -> Range:
+    """TWN's scale: the mean magnitude of the weights above the threshold (section 3.1)."""
+    kept = ternary_levels(slices, QuantSpec(2, "row", ternary=True)).abs()
+    return _positive((slices.abs() * kept).sum(dim=1) / kept.sum(dim=1).clamp(min=1.0)), None
+
+
+def mse(slices: Tensor, spec: QuantSpec) -> Range:
+    """The range of least squared error: a geometric grid of clipping ranges, then least squares for the scale.
+
+    Source: our choice of grid, measured in docs/methods/prequant.md; the search as such is common (BRECQ's code).
+    """
+    low, high = slices.amin(dim=1), slices.amax(dim=1)
+    shrink = [_SHRINK**i for i in range(_STEPS)]
+    best = _search(slices, spec, ((low * f, high * f) for f in shrink))
+    if not spec.symmetric:
+        low, high = _bounds(best, spec)
+        best = _search(slices, spec, ((low * f, high) for f in shrink[:12]))
+        low = _bounds(best, spec)[0]
+        best = _search(slices, spec, ((low, high * f) for f in shrink[:12]))
+    return _least_squares(slices, best, spec)
+
+
+def _bounds(found: Range, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+    scale, zero_point = found
+    return -zero_point * scale, (spec.highest - zero_point) * scale
+
+
+def _search(slices: Tensor, spec: QuantSpec, bounds: Iterator[tuple[Tensor, Tensor]]) -> Range:
+    best: Range | None = None
+    least = slices.new_full((slices.shape[0],), torch.inf)
+    for low, high in bounds:
+        found = _from_bounds(low, high, spec)
+        error = _fit(slices, found, spec)[0]
+        better = error < least
+        least = torch.where(better, error, least)
+        best = found if best is None else _choose(better, found, best)
+    return best
+
+
+def _choose(better: Tensor, new: Range, old: Range) -> Range:
+    zero_point = None if new[1] is None else torch.where(better, new[1], old[1])
+    return torch.where(better, new[0], old[0]), zero_point
+
+
+def _least_squares(slices: Tensor, found: Range, spec: QuantSpec) -> Range:
+    """Alternate between codes for the scale and the scale <w, c> / <c, c> for the codes; never worse than `found`."""
+    error, scale = _fit(slices, found, spec)
+    for _ in range(_LEAST_SQUARES):
+        candidate = (_positive(scale), found[1])
+        new_error, scale = _fit(slices, candidate, spec)
+        found = _choose(new_error < error, candidate, found)
+        error = torch.minimum(error, new_error)
+    return found
+
+
+def _fit(slices: Tensor, found: Range, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+    """Squared error of each slice (R,), and the scale (R,) that would be best for the codes it got."""
+    scale, zero_point = found
+    shift = torch.zeros_like(scale) if zero_point is None else zero_point
+    low, high = (spec.lowest - shift)[:, None], (spec.highest - shift)[:, None]
+    error, inner, norm = (torch.zeros_like(scale) for _ in range(3))
+    for part in slices.split(_CHUNK, dim=1):
+        levels = (part / scale[:, None]).round_().clamp_(low, high)
+        inner += (part * levels).sum(dim=1)
+        norm += (levels * levels).sum(dim=1)
+        error += (part - levels * scale[:, None]).square_().sum(dim=1)
+    return error, inner / norm.clamp(min=1.0)
+
+
+RANGES: dict[str, Callable[[Tensor, QuantSpec], Range]] = {"minmax": minmax, "mse": mse, "lsq": lsq, "ternary": ternary}
+
+
+def find_ranges(weight: Tensor, spec: QuantSpec, ranges: str = "mse") -> Range:
+    """Scale and zero point of every slice of a weight.
+
+    Shapes: weight (O, I) any float dtype -> scale float32 and zero point uint8 (None if symmetric), shaped as in
+    `QuantSpec.scale_shape`.
+
+    Args:
+        weight (`torch.Tensor`): the float weight.
+        spec (`QuantSpec`): what its codes shall mean.
+        ranges (`str`): a name in `RANGES`.
+
+    Raises:
+        ValueError: an unknown method; "ternary" with a spec that is not ternary; NaN or infinite weights.
+    """
+    if ranges not in RANGES:
+        raise ValueError(f"ranges={ranges!r} is unknown; use one of {sorted(RANGES)}")
+    if (ranges == "ternary") != spec.ternary:
+        raise ValueError(f"ranges={ranges!r} does not go with ternary={spec.ternary}; use both or neither")
+    weight = weight.detach()
+    parts = [_flat_range(part, spec, RANGES[ranges]) for part in _equal_slices(weight, spec)]
+    shape = spec.scale_shape(*weight.shape)
+    scale = torch.cat([p[0] for p in parts], dim=-1).reshape(shape)
+    zero_point = None if spec.symmetric else torch.cat([p[1] for p in parts], dim=-1).reshape(shape).to(torch.uint8)
+    return scale, zero_point
+
+
+def _equal_slices(weight: Tensor, spec: QuantSpec) -> Iterator[Tensor]:
+    """The weight as (O, G, n) slices of equal length; a short last group comes on its own."""
+    if spec.granularity == "tensor":
+        yield weight.reshape(1, 1, -1)
+    elif spec.granularity == "row":
+        yield weight.unsqueeze(1)
+    else:
+        whole = weight.shape[1] // spec.group_size * spec.group_size
+        if whole:
+            yield weight[:, :whole].unflatten(-1, (-1, spec.group_size))
+        if whole < weight.shape[1]:
+            yield weight[:, whole:].unsqueeze(1)
+
+
+def _flat_range(slices: Tensor, spec: QuantSpec, method: Callable[[Tensor, QuantSpec], Range]) -> Range:
+    """Apply a method block of rows by block of rows: (O, G, n) -> (O, G)."""
+    rows, groups, length = slices.shape
+    step = max(1, _CHUNK // (groups * length))
+    found = []
+    for start in range(0, rows, step):
+        block = slices[start : start + step].float().reshape(-1, length)
+        if not torch.isfinite(block).all():
+            raise ValueError("a weight is NaN or infinite and has no range; check the float checkpoint")
+        found.append(method(block, spec))
+    scale = torch.cat([f[0] for f in found]).view(rows, groups)
+    return scale, None if found[0][1] is None else torch.cat([f[1] for f in found]).view(rows, groups)
+
+
+def find_input_range(values: Tensor, low: float, high: float, spec: QuantSpec, ranges: str = "mse") -> Range:
+    """Scale and zero point of a layer's input, from what was seen of it.
+
+    Shapes: values (n,) float32, a sample -> scale (1, 1) float32, zero point (1, 1) uint8. "minmax" takes the extremes
+    `low` and `high` of everything seen; every other method searches the range of least squared error on the sample.
+    """
+    if ranges == "minmax":
+        found = _from_bounds(values.new_tensor([low]), values.new_tensor([high]), spec)
+    else:
+        found = mse(torch.cat([values, values.new_tensor([low, high])]).view(1, -1), spec)
+    scale, zero_point = found
+    return scale.view(1, 1), None if zero_point is None else zero_point.view(1, 1).to(torch.uint8)

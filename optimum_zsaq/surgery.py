@@ -1,0 +1,356 @@
+"""Moving a model through its states, in place: float -> fake-quantized (`prepare`) -> packed (`pack`) -> float (`unpack`).
+
+Does not know any library's models. What it must know of a model beyond its modules (which tables are read by token ids,
+which layers share a weight, which are heads) comes from a reader that `integrations/` registers; a plain `nn.Module` is
+read by `ModelReader` itself.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor, nn
+
+from .layers import (
+    FakeQuantEmbedding,
+    FakeQuantLinear,
+    FakeQuantTransposedLinear,
+    LowBitLayer,
+    PackedEmbedding,
+    PackedLinear,
+    PackedTransposedLinear,
+)
+from .layers.packed import packed_tensors
+from .spec import LayerSpec, QuantScheme
+
+
+@dataclass(frozen=True)
+class LayerKind:
+    """A float layer type that can be quantized.
+
+    Args:
+        fake, packed (`type`): the layer types of the two other states.
+        build (`Callable`): (low-bit layer, weight (O, I)) -> float layer, its weight a new Parameter.
+        table (`bool`): read by token ids; False: computes a matmul.
+    """
+
+    fake: type
+    packed: type
+    build: Callable[[LowBitLayer, Tensor], nn.Module]
+    table: bool = False
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What `select` must know of a model; all names are those of `model.named_modules()`.
+
+    Args:
+        tables (`frozenset[str]`): the embeddings that are read by token ids.
+        tied (`Mapping[str, str]`): layer -> the layer whose weight it shares.
+        heads (`frozenset[str]`): layers outside the pre-trained body, which stay float.
+    """
+
+    tables: frozenset[str] = frozenset()
+    tied: Mapping[str, str] = field(default_factory=dict)
+    heads: frozenset[str] = frozenset()
+
+
+class ModelReader:
+    """Reads a plain module: every `nn.Embedding` is a table, equal Parameters are tied, nothing is a head."""
+
+    def reads(self, model: nn.Module) -> bool:
+        """Whether this reader knows models of this type."""
+        return True
+
+    def facts(self, model: nn.Module) -> ModelFacts:
+        """What `select` must know of the model."""
+        tables, tied, first = set(), {}, {}
+        for name, module in model.named_modules():
+            if type(module) not in KINDS and not isinstance(module, LowBitLayer):
+                continue
+            if isinstance(module, nn.Embedding):
+                tables.add(name)
+            owner = first.setdefault(id(module.weight), name)
+            if owner != name:
+                tied[name] = owner
+        return ModelFacts(frozenset(tables), tied)
+
+    def changed(self, model: nn.Module) -> None:
+        """Called after `prepare`, `pack` or `unpack` changed the model."""
+
+
+def _float_linear(layer: LowBitLayer, weight: Tensor) -> nn.Module:
+    linear = nn.utils.skip_init(nn.Linear, layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+    linear.weight, linear.bias = nn.Parameter(weight), layer.bias
+    return linear
+
+
+def _float_embedding(layer: LowBitLayer, weight: Tensor) -> nn.Module:
+    return nn.Embedding(*weight.shape, padding_idx=layer.padding_idx, _weight=weight, _freeze=False)
+
+
+KINDS: dict[type, LayerKind] = {
+    nn.Linear: LayerKind(FakeQuantLinear, PackedLinear, _float_linear),
+    nn.Embedding: LayerKind(FakeQuantEmbedding, PackedEmbedding, _float_embedding, table=True),
+}
+_READERS: list[ModelReader] = [ModelReader()]
+
+
+def register_reader(reader: ModelReader) -> None:
+    """Ask `reader` about a model before those registered earlier."""
+    _READERS.insert(0, reader)
+
+
+def register_transposed(float_type: type, build: Callable[[LowBitLayer, Tensor], nn.Module]) -> None:
+    """Make a layer type quantizable that computes x @ W + b with W (I, O); `build` gets the weight as (O, I)."""
+    KINDS[float_type] = LayerKind(FakeQuantTransposedLinear, PackedTransposedLinear, build)
+
+
+def register_embedding(float_type: type) -> None:
+    """Make an Embedding subclass quantizable that keeps its own forward, which must call `super().forward(ids)`."""
+    if float_type in KINDS:
+        return
+    fake, packed = (
+        type(base.__name__ + float_type.__name__, (float_type, base), {"__init__": base.__init__, "__module__": __name__})
+        for base in (FakeQuantEmbedding, PackedEmbedding)
+    )
+    globals().update({fake.__name__: fake, packed.__name__: packed})  # so that pickle finds them
+
+    def build(layer: LowBitLayer, weight: Tensor) -> nn.Module:
+        table = float_type.__new__(float_type)
+        nn.Embedding.__init__(table, *weight.shape, padding_idx=layer.padding_idx, _weight=weight, _freeze=False)
+        return table
+
+    KINDS[float_type] = LayerKind(fake, packed, build, table=True)
+
+
+def reader_of(model: nn.Module) -> ModelReader:
+    """The reader that knows this model."""
+    return next(reader for reader in _READERS if reader.reads(model))
+
+
+def kind_of(layer: nn.Module) -> LayerKind | None:
+    """The kind of a layer in whichever state, None if it cannot be quantized."""
+    kind = KINDS.get(type(layer))
+    return kind or next((k for k in KINDS.values() if type(layer) in (k.fake, k.packed)), None)
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Whether a module name contains a pattern as whole dot-separated parts; parts may use `*` and `?`.
+
+    "pooler" matches "bert.pooler.dense"; "layer.1" matches "encoder.layer.1.output" but not "encoder.layer.10.output".
+    """
+    parts, wanted = name.split("."), pattern.split(".")
+    starts = range(len(parts) - len(wanted) + 1)
+    return any(all(fnmatchcase(parts[s + i], w) for i, w in enumerate(wanted)) for s in starts)
+
+
+def select(model: nn.Module, scheme: QuantScheme) -> dict[str, LayerSpec]:
+    """Which layers a scheme quantizes, and how: name -> row, in the order of `model.named_modules()`.
+
+    Linear layers of the body get `scheme.linear`, the input tables `scheme.embedding`; a layer that shares a selected
+    table's weight gets that table's row. Layers in `scheme.skip`, heads and everything else stay float.
+
+    Raises:
+        ValueError: a skip pattern that matches no layer; no layer is selected.
+        TypeError: the input table is of a type whose forward we do not know.
+    """
+    facts = reader_of(model).facts(model)
+    layers = {name: module for name, module in model.named_modules() if kind_of(module) is not None}
+    _check_patterns(scheme.skip, layers)
+    if scheme.embedding is not None:
+        _check_tables(model, facts, scheme.skip)
+    table: dict[str, LayerSpec] = {}
+    for name, module in layers.items():
+        row = scheme.embedding if kind_of(module).table else scheme.linear
+        wanted = name in facts.tables if kind_of(module).table else name not in facts.heads
+        if row is not None and wanted and name not in facts.tied and not _skipped(name, scheme.skip):
+            table[name] = row
+    for name, owner in facts.tied.items():
+        if owner in table and name in layers:
+            table[name] = LayerSpec(table[owner].weight, None, table[owner].outliers)
+    if not table:
+        raise ValueError(
+            f"nothing to quantize in {type(model).__name__}: it has {len(layers)} Linear and embedding layers and all of "
+            "them are heads or named in modules_to_not_convert; shorten that list or load another class of model"
+        )
+    return {name: table[name] for name in layers if name in table}
+
+
+def _skipped(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(matches(name, pattern) for pattern in patterns)
+
+
+def _check_patterns(patterns: tuple[str, ...], layers: Mapping[str, nn.Module]) -> None:
+    for pattern in patterns:
+        if not any(matches(name, pattern) for name in layers):
+            near = get_close_matches(pattern, layers, n=3, cutoff=0.3) or list(layers)[:3]
+            raise ValueError(
+                f"modules_to_not_convert has {pattern!r}, which matches no Linear or embedding layer; "
+                f"the nearest names are {near}. A pattern is a run of whole name parts, such as 'encoder.layer.0'"
+            )
+
+
+def _check_tables(model: nn.Module, facts: ModelFacts, skip: tuple[str, ...]) -> None:
+    for name in facts.tables:
+        module = model.get_submodule(name)
+        unknown = kind_of(module) is None or getattr(module, "max_norm", None) is not None
+        if unknown and not _skipped(name, skip):
+            raise TypeError(
+                f"the input embedding {name!r} is a {type(module).__name__}, whose forward we do not know how to keep; "
+                "use embedding_bits=None or name it in modules_to_not_convert"
+            )
+
+
+def prepare(model: nn.Module, scheme: QuantScheme, ranges: str = "mse") -> nn.Module:
+    """Make the selected layers fake-quantized, in place, with ranges found from their weights.
+
+    Layers that are fake-quantized already keep their ranges, so a second call changes nothing.
+
+    Args:
+        model (`nn.Module`): a float model, or one that was prepared with the same scheme.
+        scheme (`QuantScheme`): what shall become of it.
+        ranges (`str`): "minmax", "mse", "lsq" or "ternary", see `ops/ranges.py`.
+
+    Returns:
+        `nn.Module`: the same model.
+
+    Raises:
+        ValueError: see `select` and `ops.find_ranges`; the model is packed already.
+    """
+    if any(isinstance(module, PackedLinear | PackedEmbedding) for module in model.modules()):
+        raise ValueError("the model is packed and has no float weights to prepare; call unpack(model) first")
+    if ranges == "ternary" and not scheme.weights.ternary:
+        raise ValueError("ranges='ternary' needs ternary weights; use QuantSpec(bits=2, ternary=True)")
+    table = {n: row for n, row in select(model, scheme).items() if not isinstance(model.get_submodule(n), LowBitLayer)}
+    swap(model, {name: kind_of(model.get_submodule(name)).fake.from_float for name in table}, table)
+    for name in table:
+        layer = model.get_submodule(name)
+        try:
+            layer.find_ranges(range_method(layer.spec, ranges))
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+    reader_of(model).changed(model)
+    return model
+
+
+def pack(model: nn.Module) -> nn.Module:
+    """Turn fake-quantized layers into packed ones, in place; a model without any is left as it is.
+
+    Returns:
+        `nn.Module`: the same model.
+    """
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, LowBitLayer) and type(m) is kind_of(m).fake}
+    table = {name: layer.spec for name, layer in layers.items()}
+    swap(model, {name: kind_of(layer).packed.skeleton for name, layer in layers.items()}, table)
+    for name, fake in layers.items():
+        packed = model.get_submodule(name)
+        packed.set_weight(fake)
+        if fake.input_scale is not None:
+            packed.set_input_range(fake.input_scale, fake.input_zero_point)
+    reader_of(model).changed(model)
+    return model
+
+
+@torch.no_grad()
+def unpack(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    """Turn every low-bit layer back into a float layer with the weight that its codes stand for, in place.
+
+    Args:
+        model (`nn.Module`): a packed or fake-quantized model.
+        dtype (`torch.dtype`, *optional*): of the weights; by default that of the layer's marker or master weight.
+
+    Returns:
+        `nn.Module`: the same model; its outputs are those of the low-bit model but for the quantization of inputs.
+    """
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, LowBitLayer)}
+    weights: dict[int, nn.Parameter] = {}
+
+    def build(layer: LowBitLayer, _: LayerSpec) -> nn.Module:
+        weight = layer.quantized_weight().to(dtype or layer.weight.dtype)
+        new = kind_of(layer).build(layer, weight)
+        if layer.owner is not layer or id(layer) in weights:
+            new.weight = weights.setdefault(id(layer.owner), new.weight)
+        weights.setdefault(id(layer), new.weight)
+        return new
+
+    swap(model, dict.fromkeys(layers, build), {name: layer.spec for name, layer in layers.items()})
+    reader_of(model).changed(model)
+    return model
+
+
+def range_method(spec: LayerSpec, ranges: str) -> str:
+    """The range method of one layer in a model quantized with `ranges`: of a ternary model the wider tables take "mse"."""
+    if spec.weight.ternary:
+        return "ternary"
+    return "mse" if ranges == "ternary" else ranges
+
+
+def skeleton(model: nn.Module, table: Mapping[str, LayerSpec], packed: bool = True) -> nn.Module:
+    """Put empty low-bit layers in place of the layers of a table, in place, on the device they are on (also "meta")."""
+    kinds = {name: kind_of(model.get_submodule(name)) for name in table}
+    swap(model, {n: k.packed.skeleton if packed else k.fake.from_float for n, k in kinds.items()}, table)
+    return model
+
+
+def swap(
+    model: nn.Module,
+    build: Mapping[str, Callable[[nn.Module, LayerSpec], nn.Module]],
+    table: Mapping[str, LayerSpec],
+) -> None:
+    """Replace layers by name, wherever the model holds them, then tie the new low-bit ones as the old were tied."""
+    tied = reader_of(model).facts(model).tied
+    old = {name: model.get_submodule(name) for name in build}
+    new = {id(layer): _carry_over(layer, build[name](layer, table[name])) for name, layer in old.items()}
+    for parent in list(model.modules()):
+        for child, module in list(parent._modules.items()):
+            if id(module) in new:
+                setattr(parent, child, new[id(module)])
+    for name in build:
+        layer, owner = model.get_submodule(name), tied.get(name)
+        if isinstance(layer, LowBitLayer) and owner is not None:
+            layer.tie_to(model.get_submodule(owner))
+
+
+def _carry_over(old: nn.Module, new: nn.Module) -> nn.Module:
+    """Give the new layer what a subclass or a user added to the old one: buffers, plain attributes, training mode."""
+    for name, buffer in old._buffers.items():
+        new.register_buffer(name, buffer, persistent=name not in old._non_persistent_buffers_set)
+    for name, value in vars(old).items():
+        if name not in vars(new) and name not in _STATE_ATTRIBUTES:
+            setattr(new, name, value)
+    return new.train(old.training)
+
+
+_STATE_ATTRIBUTES = {"spec", "rows", "columns", "runtime", "_tied", "_unpacked", "nx", "nf"}
+
+
+def low_bit_layers(model: nn.Module) -> Iterator[tuple[str, LowBitLayer]]:
+    """The low-bit layers of a model, with their names."""
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, LowBitLayer))
+
+
+def quantize_weight(layer: LowBitLayer, weight: Tensor, ranges: str) -> dict[str, Tensor]:
+    """The tensors of a packed layer from a float weight, by name, without changing the layer.
+
+    Shapes: weight as the float layer stores it, (O, I) or, transposed, (I, O) -> see `layers/packed.py`.
+    """
+    kind = kind_of(layer)
+    parameter = nn.Parameter(weight, requires_grad=False)
+    fake = kind.fake(parameter, layer.spec) if kind.table else kind.fake(parameter, None, layer.spec)
+    fake.find_ranges(range_method(layer.spec, ranges))
+    return packed_tensors(fake)
+
+
+def set_runtime(model: nn.Module, runtime: str) -> nn.Module:
+    """Choose how packed codes are kept for running, in place: "fast" (one byte a weight) or "small" (as on disk).
+
+    Raises:
+        ValueError: an unknown runtime.
+    """
+    for _, layer in low_bit_layers(model):
+        if isinstance(layer, PackedLinear | PackedEmbedding):
+            layer.set_runtime(runtime)
+    return model
