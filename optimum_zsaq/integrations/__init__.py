@@ -1,3 +1,5 @@
 """What knows transformers, optimum, datasets and the Hub. The modules are imported by name; none is imported here."""
 
-import transformers.modeling_utils  # noqa: F401 -- autoload registers us right after it: not while we need it ourselves
+# Autoload registers us as soon as these two are imported, in this order: not later, while our own modules need them.
+import torch  # noqa: F401, I001
+import transformers.modeling_utils  # noqa: F401
