@@ -53,7 +53,12 @@ def __dir__() -> list[str]:
 
 def _arm() -> None:
     """`import optimum_zsaq` alone is enough to load checkpoints, whenever transformers is imported."""
-    _importlib.import_module(f"{__name__}.autoload").install()
+    try:
+        _importlib.import_module(f"{__name__}.autoload").install()
+    except Exception as error:  # this module is loaded at the end of `import torch`, which must never break
+        import warnings
+
+        warnings.warn(f"optimum-zsaq could not arm its autoload: {error!r}", stacklevel=2)
 
 
 _arm()

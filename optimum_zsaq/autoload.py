@@ -57,9 +57,13 @@ class _Finder(importlib.abc.MetaPathFinder):
             return None
         if self in sys.meta_path:
             sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
-        if spec is not None and spec.loader is not None:
-            spec.loader = _Loader(spec.loader)
+        try:
+            spec = importlib.util.find_spec(name)
+            if spec is not None and spec.loader is not None:
+                spec.loader = _Loader(spec.loader)
+        except Exception as error:
+            warnings.warn(f"optimum-zsaq could not follow the import of {name}: {error!r}", stacklevel=2)
+            return None
         return spec
 
 

@@ -1,0 +1,1 @@
+"""The small language model of `optimum-cli zsaq demo`; see docs/demo.md."""

@@ -1,7 +1,5 @@
 """The README.md that is saved with a low-bit model: what it is, how it was made, how to load it."""
 
-from pathlib import Path
-
 from transformers import PreTrainedModel
 
 from ..report.size import measure_size
@@ -18,7 +16,7 @@ library_name: transformers
 ---
 {mark}
 
-# {name}, quantized by optimum-zsaq
+# {title}, quantized by optimum-zsaq
 
 {summary}
 
@@ -51,8 +49,8 @@ The package has to be installed; without it, loading stops with an error.
 """
 
 
-def model_card(model: PreTrainedModel, folder: Path) -> str:
-    """The card of a model as it was just saved into `folder`."""
+def model_card(model: PreTrainedModel, name: str) -> str:
+    """The card of a low-bit model that is loaded as `name`: a folder or a Hub id."""
     size = measure_size(model)
     recipe = model.config.quantization_config.recipe or {}
     base = recipe.get("base_model") or ""
@@ -65,7 +63,8 @@ def model_card(model: PreTrainedModel, folder: Path) -> str:
     return _TEMPLATE.format(
         base=f"base_model: {base}\n" if "/" in base else "",
         mark=MARK,
-        name=_name(model, folder, base),
+        title=(base.rpartition("/")[2] or type(model).__name__),
+        name=name,
         summary=_summary(model),
         architecture=type(model).__name__,
         rows=rows,
@@ -74,10 +73,6 @@ def model_card(model: PreTrainedModel, folder: Path) -> str:
         dense=f"{2 * size.parameters:,}",
         recipe=_recipe(model),
     )
-
-
-def _name(model: PreTrainedModel, folder: Path, base: str) -> str:
-    return f"{base.rpartition('/')[2] or type(model).__name__}-zsaq"
 
 
 def _summary(model: PreTrainedModel) -> str:

@@ -65,7 +65,7 @@ def _save_pretrained(
     staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
         original(self, staging, is_main_process=is_main_process, **kwargs)
-        (staging / "README.md").write_text(model_card(self, staging), encoding="utf-8")
+        (staging / "README.md").write_text(model_card(self, target.name), encoding="utf-8")
         _move(staging, target)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
@@ -104,7 +104,7 @@ def _upload(
 ) -> Any:
     """Create the repository if need be and upload the folder's files in one commit, the card among them."""
     repo_id = hf_api().create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
-    card = ModelCard((folder / "README.md").read_text(encoding="utf-8"))
+    card = ModelCard(model_card(model, repo_id))
     theirs = _card_on_hub(repo_id, token)
     if theirs is not None and MARK not in theirs.text:
         card = theirs

@@ -1,0 +1,162 @@
+"""`optimum-cli zsaq quantize`: load a model in low bits and save it."""
+
+import shutil
+import tempfile
+import time
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from pathlib import Path
+from typing import Any
+
+from .common import Command, add_common_arguments, size_text
+
+
+ALGORITHMS = ("prequant",)
+
+_EXAMPLES = """examples:
+  optimum-cli zsaq quantize --model bert-base-uncased --output out --weight-bits 4 --embedding-bits 4
+  optimum-cli zsaq quantize --model ./my-model --output out --weight-bits 3 --granularity group --group-size 64
+  optimum-cli zsaq quantize --model ./my-model --output out --activations static --calibration-data texts.txt
+"""
+
+
+def bits_or_none(text: str) -> int | None:
+    """argparse type: an integer, or "none" for float."""
+    if text.lower() == "none":
+        return None
+    try:
+        return int(text)
+    except ValueError:
+        raise ArgumentTypeError(f"{text!r} is neither a number of bits nor 'none'") from None
+
+
+class QuantizeCommand(Command):
+    """Quantize a model and save it."""
+
+    @staticmethod
+    def parse_args(parser: ArgumentParser) -> None:
+        """Declare the arguments."""
+        parser.epilog = _EXAMPLES
+        parser.add_argument("--model", required=True, help="folder or Hub id of a float model")
+        parser.add_argument("--output", required=True, type=Path, help="folder to write; it must not exist yet")
+        parser.add_argument("--algorithm", choices=ALGORITHMS, default="prequant", help="prequant: data-free rounding")
+        parser.add_argument("--weight-bits", type=int, default=4, help="2 to 8, of Linear layers (default: 4)")
+        parser.add_argument("--embedding-bits", type=bits_or_none, default=8, help="2 to 8 or none (default: 8)")
+        parser.add_argument("--activation-bits", type=bits_or_none, default=8, help="2 to 8 or none (default: 8)")
+        parser.add_argument("--granularity", default="row", help="row, tensor or group (default: row)")
+        parser.add_argument("--group-size", type=int, help="weights that share a scale, with --granularity group")
+        parser.add_argument("--asymmetric", action="store_true", help="weights with a zero point")
+        parser.add_argument("--ranges", default="mse", help="mse, minmax, lsq or, at 2 bits, ternary (default: mse)")
+        parser.add_argument("--outliers", type=float, help="share of each matrix kept as float residuals, e.g. 0.005")
+        parser.add_argument("--activations", default="dynamic", help="dynamic or static (default: dynamic)")
+        parser.add_argument(
+            "--calibration-data", help="file of texts for static ranges (default: sampled token sequences)"
+        )
+        parser.add_argument("--calibration-samples", type=int, default=128, help="texts used of it (default: 128)")
+        parser.add_argument("--seed", type=int, default=0, help="of sampled token sequences (default: 0)")
+        parser.add_argument(
+            "--modules-to-not-convert", nargs="+", metavar="NAME", help="layers that stay float, e.g. pooler encoder.layer.0"
+        )
+        parser.add_argument("--task", help="load the model for this task (default: as it was saved)")
+        parser.add_argument("--dtype", help="of what stays float: float32, bfloat16, float16 (default: the checkpoint's)")
+        parser.add_argument("--max-shard-size", default="5GB", help="largest file (default: 5GB)")
+        add_common_arguments(parser)
+
+    def execute(self, args: Namespace) -> dict[str, Any]:
+        """Quantize, save beside the output folder, and rename."""
+        _check_output(args.output)
+        config = _quantization_config(args)
+        start = time.perf_counter()
+        model = _load(args, config)
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".{args.output.name}-", dir=args.output.parent))
+        try:
+            complete = staging / args.output.name
+            model.save_pretrained(complete, max_shard_size=args.max_shard_size)
+            has_tokenizer = _save_tokenizer(args.model, complete)
+            complete.rename(args.output)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+        return _result(args, model, has_tokenizer, time.perf_counter() - start)
+
+    def show(self, result: dict[str, Any]) -> None:
+        """One line a fact, then what to type next."""
+        sizes = result["bytes"]
+        print(f"{result['layers']} layers in low bits, {result['seconds']:.1f} s")
+        print(f"on disk {size_text(sizes['on_disk'])}, as float16 {size_text(sizes['as_float16'])}")
+        if result["float_layers"]:
+            print(f"float: {', '.join(result['float_layers'])}")
+        if not result["tokenizer"]:
+            print("no tokenizer was found beside the model, so none was saved")
+        print(f"saved to {result['output']}; look into it: optimum-cli zsaq inspect {result['output']}")
+
+
+def _check_output(output: Path) -> None:
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise FileExistsError(f"{output} exists and is not empty; nothing is overwritten, choose another --output")
+
+
+def _quantization_config(args: Namespace) -> Any:
+    from ..integrations.configs import ALGORITHMS as CONFIGS
+
+    return CONFIGS[args.algorithm](
+        weight_bits=args.weight_bits,
+        embedding_bits=args.embedding_bits,
+        activation_bits=args.activation_bits,
+        granularity=args.granularity,
+        group_size=args.group_size,
+        symmetric=not args.asymmetric,
+        ranges=args.ranges,
+        activations=args.activations,
+        modules_to_not_convert=args.modules_to_not_convert,
+        outliers=args.outliers,
+        calibration_data=args.calibration_data,
+        calibration_samples=args.calibration_samples,
+        seed=args.seed,
+    )
+
+
+def _load(args: Namespace, config: Any) -> Any:
+    import torch
+
+    from ..integrations.registration import register
+    from ..integrations.tasks import load_config, model_class
+
+    register()
+    stored = load_config(args.model)
+    if getattr(stored, "quantization_config", None) is not None:
+        raise ValueError(f"{args.model} is quantized already; give --model the float model it was made from")
+    options = {}
+    if args.dtype is not None:
+        dtypes = ("float32", "bfloat16", "float16")
+        if args.dtype not in dtypes:
+            raise ValueError(f"--dtype {args.dtype} is unknown; use one of {dtypes}")
+        options["dtype"] = getattr(torch, args.dtype)
+    return model_class(stored, args.task).from_pretrained(args.model, quantization_config=config, **options)
+
+
+def _save_tokenizer(model: str, folder: Path) -> bool:
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    tokenizer.save_pretrained(folder)
+    return True
+
+
+def _result(args: Namespace, model: Any, has_tokenizer: bool, seconds: float) -> dict[str, Any]:
+    from ..report.size import measure_size
+    from ..surgery import low_bit_layers
+
+    size = measure_size(model)
+    on_disk = sum(file.stat().st_size for file in args.output.glob("*.safetensors"))
+    return {
+        "output": str(args.output),
+        "algorithm": args.algorithm,
+        "layers": len(list(low_bit_layers(model))),
+        "float_layers": model.config.quantization_config.modules["float"],
+        "tokenizer": has_tokenizer,
+        "bytes": {**size.bytes, "on_disk": on_disk, "as_float16": 2 * size.parameters},
+        "seconds": seconds,
+    }

@@ -1,0 +1,40 @@
+"""What all tests share: one `device` fixture, one thread, no network."""
+
+import os
+
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+from conformance import TransposedLinear, build_transposed
+from torch import nn
+
+from optimum_zsaq import surgery
+
+
+torch.set_num_threads(1)
+
+DEVICES = ["cpu"]
+if torch.cuda.is_available():
+    DEVICES.append(pytest.param("cuda", marks=pytest.mark.gpu))
+
+
+@pytest.fixture(params=DEVICES)
+def device(request) -> torch.device:
+    """The CPU, then a GPU where there is one."""
+    return torch.device(request.param)
+
+
+@pytest.fixture
+def plain_kinds(monkeypatch):
+    """The layer kinds of plain torch alone, whatever was registered before; what a test registers is undone."""
+    kinds = {kind: surgery.KINDS[kind] for kind in (nn.Linear, nn.Embedding)}
+    monkeypatch.setattr(surgery, "KINDS", kinds)
+    monkeypatch.setattr(surgery, "_READERS", [surgery.ModelReader()])
+
+
+@pytest.fixture
+def toy_kinds(plain_kinds):
+    """Linear, Embedding and the toy `TransposedLinear`: the three kinds of `conformance.LAYERS`."""
+    surgery.register_transposed(TransposedLinear, build_transposed)

@@ -1,0 +1,47 @@
+import pytest
+import torch
+
+from optimum_zsaq.ops import round_ste
+from optimum_zsaq.ops.rounding import replace_value
+
+
+@pytest.mark.parametrize(
+    ("dtype", "count"), [(torch.bfloat16, 65280), (torch.float16, 63488)], ids=["bfloat16", "float16"]
+)
+def test_every_half_precision_value_rounds_exactly(dtype, count, device):
+    values = torch.arange(2**16, dtype=torch.int32, device=device).to(torch.int16).view(dtype)
+    values = values[torch.isfinite(values)]
+    assert len(values) == count
+    assert torch.equal(round_ste(values), values.round())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_float_values_round_exactly(dtype, device):
+    generator = torch.Generator().manual_seed(0)
+    exponents = torch.randint(-30, 30, (100_000,), generator=generator)
+    values = torch.ldexp(torch.randn(100_000, generator=generator, dtype=dtype), exponents).to(device)
+    neighbours = torch.nextafter(values.round() + 0.5, values)
+    for x in (values, neighbours):
+        assert torch.equal(round_ste(x), x.round())
+
+
+def test_halves_go_to_even():
+    x = torch.tensor([-2.5, -1.5, -0.5, 0.5, 1.5, 2.5, 0.49999997])
+    assert round_ste(x).tolist() == [-2, -2, 0, 0, 2, 2, 0]
+
+
+def test_gradient_is_that_of_the_identity(device):
+    x = torch.tensor([-7.3, -0.5, 0.0, 0.2, 1e9], device=device, requires_grad=True)
+    upstream = torch.arange(1.0, 6.0, device=device)
+    (gradient,) = torch.autograd.grad(round_ste(x), x, upstream)
+    assert torch.equal(gradient, upstream)
+
+
+def test_replaced_value_is_exact_and_keeps_the_gradient(device):
+    x = torch.tensor([1e20, -3.0, 0.1, torch.inf], device=device, requires_grad=True)
+    value = torch.tensor([1e-20, 0.3, -7.0, 5.0], device=device, requires_grad=True)
+    replaced = replace_value(x, value)
+    assert torch.equal(replaced, value)
+    gradient, = torch.autograd.grad(replaced.sum(), x, retain_graph=True)
+    assert gradient.tolist() == [1, 1, 1, 0]  # nothing follows an infinite input
+    assert torch.autograd.grad(replaced.sum(), value, allow_unused=True) == (None,)

@@ -1,0 +1,191 @@
+"""Tiny random models of every supported family, with sizes that divide by nothing: `make("llama-tied")`.
+
+A name is a family and a head, and "-tied" or "-untied" where the family's output embedding can be either.
+"""
+
+from collections.abc import Callable
+
+import torch
+import transformers as tf
+from torch import Tensor
+from transformers import PreTrainedModel
+
+
+VOCABULARY, HIDDEN, INNER, HEADS, LABELS = 99, 32, 37, 4, 3
+
+_COMMON = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": HIDDEN,
+    "intermediate_size": INNER,
+    "num_hidden_layers": 2,
+    "num_attention_heads": HEADS,
+    "max_position_embeddings": 80,
+    "pad_token_id": 0,
+}
+_TOKENS = {"bos_token_id": 1, "eos_token_id": 2}
+
+
+def _bert(**options) -> tf.PreTrainedConfig:
+    return tf.BertConfig(**_COMMON, **options)
+
+
+def _roberta(**options) -> tf.PreTrainedConfig:
+    return tf.RobertaConfig(**_COMMON, **_TOKENS, **options)
+
+
+def _distilbert(**options) -> tf.PreTrainedConfig:
+    return tf.DistilBertConfig(
+        vocab_size=VOCABULARY,
+        dim=HIDDEN,
+        hidden_dim=INNER,
+        n_layers=2,
+        n_heads=HEADS,
+        max_position_embeddings=80,
+        seq_classif_dropout=0.0,
+        **options,
+    )
+
+
+def _electra(**options) -> tf.PreTrainedConfig:
+    return tf.ElectraConfig(embedding_size=16, **_COMMON, **options)
+
+
+def _deberta(**options) -> tf.PreTrainedConfig:
+    return tf.DebertaV2Config(relative_attention=True, pos_att_type=["p2c", "c2p"], **_COMMON, **options)
+
+
+def _opt(**options) -> tf.PreTrainedConfig:
+    return tf.OPTConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=HIDDEN,
+        ffn_dim=INNER,
+        word_embed_proj_dim=16,
+        num_hidden_layers=2,
+        num_attention_heads=HEADS,
+        max_position_embeddings=80,
+        pad_token_id=0,
+        **_TOKENS,
+        **options,
+    )
+
+
+def _gpt2(**options) -> tf.PreTrainedConfig:
+    return tf.GPT2Config(
+        vocab_size=VOCABULARY,
+        n_embd=HIDDEN,
+        n_inner=INNER,
+        n_layer=2,
+        n_head=HEADS,
+        n_positions=80,
+        pad_token_id=0,
+        **_TOKENS,
+        **options,
+    )
+
+
+def _llama(**options) -> tf.PreTrainedConfig:
+    return tf.LlamaConfig(num_key_value_heads=2, **_COMMON, **_TOKENS, **options)
+
+
+def _qwen(**options) -> tf.PreTrainedConfig:
+    return tf.Qwen2Config(num_key_value_heads=2, **_COMMON, **_TOKENS, **options)
+
+
+def _t5(**options) -> tf.PreTrainedConfig:
+    return tf.T5Config(
+        vocab_size=VOCABULARY,
+        d_model=HIDDEN,
+        d_kv=8,
+        d_ff=INNER,
+        num_layers=2,
+        num_heads=HEADS,
+        decoder_start_token_id=0,
+        pad_token_id=0,
+        eos_token_id=2,
+        **options,
+    )
+
+
+def _bart(**options) -> tf.PreTrainedConfig:
+    return tf.BartConfig(
+        vocab_size=VOCABULARY,
+        d_model=HIDDEN,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=HEADS,
+        decoder_attention_heads=HEADS,
+        encoder_ffn_dim=INNER,
+        decoder_ffn_dim=INNER,
+        max_position_embeddings=80,
+        scale_embedding=True,
+        decoder_start_token_id=2,
+        forced_eos_token_id=2,
+        pad_token_id=0,
+        **_TOKENS,
+        **options,
+    )
+
+
+_LABELS = {"num_labels": LABELS}
+_TIED, _UNTIED = {"tie_word_embeddings": True}, {"tie_word_embeddings": False}
+
+MODELS: dict[str, tuple[type[PreTrainedModel], Callable[..., tf.PreTrainedConfig], dict]] = {
+    "bert": (tf.BertModel, _bert, {}),
+    "bert-cls": (tf.BertForSequenceClassification, _bert, _LABELS),
+    "bert-mlm-tied": (tf.BertForMaskedLM, _bert, _TIED),
+    "bert-mlm-untied": (tf.BertForMaskedLM, _bert, _UNTIED),
+    "roberta-cls": (tf.RobertaForSequenceClassification, _roberta, _LABELS),
+    "roberta-mlm-tied": (tf.RobertaForMaskedLM, _roberta, _TIED),
+    "roberta-mlm-untied": (tf.RobertaForMaskedLM, _roberta, _UNTIED),
+    "distilbert-cls": (tf.DistilBertForSequenceClassification, _distilbert, _LABELS),
+    "distilbert-mlm-tied": (tf.DistilBertForMaskedLM, _distilbert, _TIED),
+    "electra-cls": (tf.ElectraForSequenceClassification, _electra, _LABELS),
+    "electra-mlm-tied": (tf.ElectraForMaskedLM, _electra, _TIED),
+    "electra-mlm-untied": (tf.ElectraForMaskedLM, _electra, _UNTIED),
+    "deberta-cls": (tf.DebertaV2ForSequenceClassification, _deberta, _LABELS),
+    "deberta-mlm-tied": (tf.DebertaV2ForMaskedLM, _deberta, _TIED),
+    "opt-cls": (tf.OPTForSequenceClassification, _opt, _LABELS),
+    "opt-tied": (tf.OPTForCausalLM, _opt, _TIED),
+    "opt-untied": (tf.OPTForCausalLM, _opt, _UNTIED),
+    "gpt2-cls": (tf.GPT2ForSequenceClassification, _gpt2, _LABELS),
+    "gpt2-tied": (tf.GPT2LMHeadModel, _gpt2, _TIED),
+    "gpt2-untied": (tf.GPT2LMHeadModel, _gpt2, _UNTIED),
+    "llama": (tf.LlamaModel, _llama, {}),
+    "llama-cls": (tf.LlamaForSequenceClassification, _llama, _LABELS),
+    "llama-tied": (tf.LlamaForCausalLM, _llama, _TIED),
+    "llama-untied": (tf.LlamaForCausalLM, _llama, _UNTIED),
+    "qwen2-tied": (tf.Qwen2ForCausalLM, _qwen, _TIED),
+    "qwen2-untied": (tf.Qwen2ForCausalLM, _qwen, _UNTIED),
+    "t5-tied": (tf.T5ForConditionalGeneration, _t5, _TIED),
+    "t5-untied": (tf.T5ForConditionalGeneration, _t5, _UNTIED),
+    "bart-cls": (tf.BartForSequenceClassification, _bart, _LABELS),
+    "bart-tied": (tf.BartForConditionalGeneration, _bart, _TIED),
+    "bart-untied": (tf.BartForConditionalGeneration, _bart, _UNTIED),
+}
+
+
+def make(name: str, seed: int = 0, **options) -> PreTrainedModel:
+    """A model of `MODELS` with random weights, in evaluation mode; `options` go to its config."""
+    cls, config, fixed = MODELS[name]
+    torch.manual_seed(seed)
+    return cls(config(**{**fixed, **options})).eval()
+
+
+def token_ids(rows: int = 2, length: int = 11, seed: int = 1) -> Tensor:
+    """Token ids without special tokens; the last is the end token, which some classification heads look for."""
+    ids = torch.randint(5, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(seed))
+    ids[:, -1] = 2
+    return ids
+
+
+def inputs(model: PreTrainedModel, ids: Tensor | None = None) -> dict[str, Tensor]:
+    """What `model` is called with."""
+    ids = token_ids() if ids is None else ids
+    decoder = model.config.is_encoder_decoder and not type(model).__name__.endswith("Classification")
+    return {"input_ids": ids, **({"decoder_input_ids": ids} if decoder else {})}
+
+
+@torch.no_grad()
+def logits(model: PreTrainedModel, ids: Tensor | None = None) -> Tensor:
+    """The first output of a model: logits, or hidden states where it has no head."""
+    return model(**inputs(model, ids))[0]
