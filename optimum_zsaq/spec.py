@@ -106,13 +106,9 @@ class LayerSpec:
 
     def __post_init__(self):
         if self.weight.granularity not in WEIGHT_GRANULARITIES:
-            raise ValueError(
-                f"a weight has no granularity={self.weight.granularity!r}; use one of {WEIGHT_GRANULARITIES}"
-            )
+            raise ValueError(f"a weight has no granularity={self.weight.granularity!r}; use one of {WEIGHT_GRANULARITIES}")
         if self.inputs is not None and self.inputs.granularity not in INPUT_GRANULARITIES:
-            raise ValueError(
-                f"an input has no granularity={self.inputs.granularity!r}; use one of {INPUT_GRANULARITIES}"
-            )
+            raise ValueError(f"an input has no granularity={self.inputs.granularity!r}; use one of {INPUT_GRANULARITIES}")
         if not 0.0 <= self.outliers < 1.0:
             raise ValueError(f"outliers={self.outliers!r} is not a share of the weights; use a number in [0, 1)")
 

@@ -5,7 +5,7 @@ which layers share a weight, which are heads) comes from a reader that `integrat
 read by `ModelReader` itself.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -226,14 +226,23 @@ def prepare(model: nn.Module, scheme: QuantScheme, ranges: str = "mse") -> nn.Mo
         raise ValueError("ranges='ternary' needs ternary weights; use QuantSpec(bits=2, ternary=True)")
     table = {n: row for n, row in select(model, scheme).items() if not isinstance(model.get_submodule(n), LowBitLayer)}
     swap(model, {name: kind_of(model.get_submodule(name)).fake.from_float for name in table}, table)
-    for name in table:
-        layer = model.get_submodule(name)
-        try:
-            layer.find_ranges(range_method(layer.spec, ranges))
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
+    find_model_ranges(model, ranges, table)
     reader_of(model).changed(model)
     return model
+
+
+def find_model_ranges(model: nn.Module, ranges: str, names: Collection[str] | None = None) -> None:
+    """Set the scales of fake-quantized layers (of all, or of those named) from their master weights, in place.
+
+    Raises:
+        ValueError: see `ops.find_ranges`; the message names the layer.
+    """
+    for name, layer in low_bit_layers(model):
+        if names is None or name in names:
+            try:
+                layer.find_ranges(range_method(layer.spec, ranges))
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from error
 
 
 def pack(model: nn.Module) -> nn.Module:

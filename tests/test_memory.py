@@ -61,4 +61,3 @@ def test_bert_base_streams(tmp_path):
     assert quantized["over_packed"] <= 150 * MEGABYTE
     reloaded = measure(tmp_path / "packed", {"runtime": "small"})
     assert reloaded["over_packed"] <= 60 * MEGABYTE
-

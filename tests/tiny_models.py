@@ -26,11 +26,11 @@ _TOKENS = {"bos_token_id": 1, "eos_token_id": 2}
 
 
 def _bert(**options) -> tf.PreTrainedConfig:
-    return tf.BertConfig(**_COMMON, **options)
+    return tf.BertConfig(**{**_COMMON, **options})
 
 
 def _roberta(**options) -> tf.PreTrainedConfig:
-    return tf.RobertaConfig(**_COMMON, **_TOKENS, **options)
+    return tf.RobertaConfig(**{**_COMMON, **_TOKENS, **options})
 
 
 def _distilbert(**options) -> tf.PreTrainedConfig:
@@ -47,7 +47,7 @@ def _distilbert(**options) -> tf.PreTrainedConfig:
 
 
 def _electra(**options) -> tf.PreTrainedConfig:
-    return tf.ElectraConfig(embedding_size=16, **_COMMON, **options)
+    return tf.ElectraConfig(**{"embedding_size": 16, **_COMMON, **options})
 
 
 def _deberta(**options) -> tf.PreTrainedConfig:
@@ -84,11 +84,11 @@ def _gpt2(**options) -> tf.PreTrainedConfig:
 
 
 def _llama(**options) -> tf.PreTrainedConfig:
-    return tf.LlamaConfig(num_key_value_heads=2, **_COMMON, **_TOKENS, **options)
+    return tf.LlamaConfig(**{"num_key_value_heads": 2, **_COMMON, **_TOKENS, **options})
 
 
 def _qwen(**options) -> tf.PreTrainedConfig:
-    return tf.Qwen2Config(num_key_value_heads=2, **_COMMON, **_TOKENS, **options)
+    return tf.Qwen2Config(**{"num_key_value_heads": 2, **_COMMON, **_TOKENS, **options})
 
 
 def _t5(**options) -> tf.PreTrainedConfig:

@@ -63,9 +63,7 @@ def calibrate(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], ranges:
         )
     for name, layer in layers.items():
         record = seen[name]
-        scale, zero_point = find_input_range(
-            torch.cat(record.values), record.low, record.high, layer.spec.inputs, ranges
-        )
+        scale, zero_point = find_input_range(torch.cat(record.values), record.low, record.high, layer.spec.inputs, ranges)
         layer.set_input_range(scale, zero_point)
     return model
 

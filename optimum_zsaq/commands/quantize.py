@@ -48,13 +48,14 @@ class QuantizeCommand(Command):
         parser.add_argument("--ranges", default="mse", help="mse, minmax, lsq or, at 2 bits, ternary (default: mse)")
         parser.add_argument("--outliers", type=float, help="share of each matrix kept as float residuals, e.g. 0.005")
         parser.add_argument("--activations", default="dynamic", help="dynamic or static (default: dynamic)")
-        parser.add_argument(
-            "--calibration-data", help="file of texts for static ranges (default: sampled token sequences)"
-        )
+        parser.add_argument("--calibration-data", help="file of texts for static ranges (default: sampled token sequences)")
         parser.add_argument("--calibration-samples", type=int, default=128, help="texts used of it (default: 128)")
         parser.add_argument("--seed", type=int, default=0, help="of sampled token sequences (default: 0)")
         parser.add_argument(
-            "--modules-to-not-convert", nargs="+", metavar="NAME", help="layers that stay float, e.g. pooler encoder.layer.0"
+            "--modules-to-not-convert",
+            nargs="+",
+            metavar="NAME",
+            help="layers that stay float, e.g. pooler encoder.layer.0",
         )
         parser.add_argument("--task", help="load the model for this task (default: as it was saved)")
         parser.add_argument("--dtype", help="of what stays float: float32, bfloat16, float16 (default: the checkpoint's)")

@@ -16,7 +16,9 @@ class ZSAQCommand(BaseOptimumCLICommand):
     COMMAND = CommandInfo("zsaq", help="Low-bit language models: quantize, evaluate, inspect, demo.")
     SUBCOMMANDS = (
         CommandInfo("quantize", "Quantize a model and save it.", QuantizeCommand, RawDescriptionHelpFormatter),
-        CommandInfo("evaluate", "Measure a model, low-bit or float, on a task.", EvaluateCommand, RawDescriptionHelpFormatter),
+        CommandInfo(
+            "evaluate", "Measure a model, low-bit or float, on a task.", EvaluateCommand, RawDescriptionHelpFormatter
+        ),
         CommandInfo("inspect", "Show layers, bits and bytes of a checkpoint.", InspectCommand, RawDescriptionHelpFormatter),
         CommandInfo("demo", "Quantize a small language model and compare.", DemoCommand, RawDescriptionHelpFormatter),
     )

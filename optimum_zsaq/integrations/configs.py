@@ -48,6 +48,7 @@ class LowBitConfig(QuantizationConfigMixin):
             and "text_pair", a `datasets.Dataset`, or a file; None: sampled token sequences. Its text is never stored.
         calibration_samples (`int`): sequences used of it, from its beginning.
         seed (`int`): of the sampled sequences.
+        packed (`bool`): True: codes; False: float master weights, fake-quantized, to be trained. True by default.
 
     Raises:
         ValueError: an unknown field, an illegal value, fields that do not go together, a newer format.
@@ -144,9 +145,7 @@ class LowBitConfig(QuantizationConfigMixin):
         if self.calibration_samples < 1:
             raise ValueError(f"calibration_samples={self.calibration_samples!r} is not a count; use at least 1")
         if isinstance(self.modules_to_not_convert, str):
-            raise ValueError(
-                f"modules_to_not_convert={self.modules_to_not_convert!r} is a string; use a list of strings"
-            )
+            raise ValueError(f"modules_to_not_convert={self.modules_to_not_convert!r} is a string; use a list of strings")
         self.scheme()
         if self.modules is not None:
             self._check_modules()

@@ -1,4 +1,4 @@
-"""Calibration data: from what a user has (texts, dicts, a Dataset, a file), or from nothing, to batches a model is called with."""
+"""Calibration data: from what a user has (texts, dicts, a Dataset, a file), or from nothing, to batches."""
 
 import hashlib
 import json

@@ -12,9 +12,11 @@ class TransformersReader(ModelReader):
     """Reads a `PreTrainedModel`: input embeddings, tied weights and heads as the model itself declares them."""
 
     def reads(self, model: nn.Module) -> bool:
+        """A `PreTrainedModel` of any family."""
         return isinstance(model, PreTrainedModel)
 
     def facts(self, model: PreTrainedModel) -> ModelFacts:
+        """Tables, tied layers and heads, by name."""
         names = {id(module): name for name, module in model.named_modules()}
         tables = {names[id(table)] for table in _input_tables(model) if id(table) in names}
         base, output = model.base_model, model.get_output_embeddings()
@@ -25,6 +27,7 @@ class TransformersReader(ModelReader):
         return ModelFacts(frozenset(tables), _tied_layers(model), frozenset(heads))
 
     def changed(self, model: PreTrainedModel) -> None:
+        """Have the model save and reload as what it is now."""
         from .quantizer import attach_quantizer
 
         attach_quantizer(model)

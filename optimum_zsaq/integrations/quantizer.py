@@ -1,4 +1,4 @@
-"""transformers' loading and saving of low-bit models: `from_pretrained` calls these hooks (transformers 5, quantizers/base.py)."""
+"""transformers' loading and saving of low-bit models: the hooks that `from_pretrained` calls (quantizers/base.py)."""
 
 import logging
 import sys
@@ -11,9 +11,19 @@ from transformers.core_model_loading import ConversionOps
 from transformers.integrations.accelerate import load_offloaded_parameter
 from transformers.quantizers.base import HfQuantizer
 
-from ..layers import LowBitLayer, PackedEmbedding, PackedLinear
+from ..layers import LowBitLayer, PackedEmbedding, PackedLinear, PackedTransposedLinear
 from ..layers.common import INTEGERS, SCALES
-from ..surgery import kind_of, low_bit_layers, quantize_weight, select, set_runtime, skeleton, swap, unpack
+from ..surgery import (
+    find_model_ranges,
+    kind_of,
+    low_bit_layers,
+    quantize_weight,
+    select,
+    set_runtime,
+    skeleton,
+    swap,
+    unpack,
+)
 from .checkpoint import CheckpointError, header, verify_files
 from .configs import LowBitConfig
 from .recipe import calibrate_on_load, write_recipe
@@ -52,8 +62,8 @@ class QuantizeOnLoad(ConversionOps):
         return {f"{name}.{key}": nn.Parameter(value, requires_grad=False) for key, value in tensors.items()}
 
     def _check(self, name: str, layer: LowBitLayer, weight: Tensor) -> None:
-        transposed = kind_of(layer).build.__name__ == "_build_conv1d"
-        expected = (layer.columns, layer.rows) if transposed else (layer.rows, layer.columns)
+        shape = (layer.rows, layer.columns)
+        expected = shape[::-1] if isinstance(layer, PackedTransposedLinear) else shape
         if tuple(weight.shape) != expected:
             raise ValueError(
                 f"the checkpoint's {name}.weight has shape {tuple(weight.shape)} instead of {expected}; a model that is "
@@ -99,6 +109,7 @@ class LowBitQuantizer(HfQuantizer):
     # Loading ---------------------------------------------------------------------------------------------------------
 
     def update_device_map(self, device_map: Any) -> Any:
+        """Remember where the model goes; nothing is changed."""
         self._device_map = device_map
         return device_map
 
@@ -128,12 +139,14 @@ class LowBitQuantizer(HfQuantizer):
         return model
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **_: Any) -> bool:
+        """The float weight of a layer that is packed on load."""
         layer_name, _, name = param_name.rpartition(".")
         if self.pre_quantized or not self.quantization_config.packed or name != "weight":
             return False
         return isinstance(model.get_submodule(layer_name), LowBitLayer)
 
     def get_quantize_ops(self) -> QuantizeOnLoad:
+        """What is done to such a weight."""
         return QuantizeOnLoad(self)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
@@ -147,6 +160,8 @@ class LowBitQuantizer(HfQuantizer):
                 layer.weight.requires_grad_(False)
         set_runtime(model, config.runtime)
         if not self.pre_quantized:
+            if not config.packed:
+                find_model_ranges(model, config.ranges)
             data = calibrate_on_load(model, config)
             config.describe_model(model)
             write_recipe(model, config, data)
@@ -159,14 +174,14 @@ class LowBitQuantizer(HfQuantizer):
         new = [name for name, layer in layers.items() if not self._was_read(name, layer)]
         if not new:
             return
-        swap(model, {n: _empty_float for n in new}, {n: layers[n].spec for n in new})
+        swap(model, dict.fromkeys(new, _empty_float), {n: layers[n].spec for n in new})
         for name in new:
             model._init_weights(model.get_submodule(name))
         logger.warning("Not in the checkpoint, newly initialised and left float: %s", ", ".join(new))
 
     def _was_read(self, name: str, layer: LowBitLayer) -> bool:
         if not self.quantization_config.packed:
-            return True
+            return self.pre_quantized or _is_read(layer.weight)
         if not self.pre_quantized:
             return name in self.found
         tensors = ("weight_codes", "weight_scale", "weight_zero_point", "weight_outlier_positions")
@@ -181,6 +196,7 @@ class LowBitQuantizer(HfQuantizer):
     # Saving and leaving ----------------------------------------------------------------------------------------------
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
+        """What is written: tied layers once, markers in one byte a row, table and checksums in the header."""
         if getattr(model, "_hf_peft_config_loaded", False):
             return None, {}
         self.quantization_config.describe_model(model)
@@ -206,8 +222,7 @@ def _is_read(parameter: nn.Parameter) -> bool:
 
 
 def _empty_float(layer: LowBitLayer, _: Any) -> nn.Module:
-    weight = layer.weight.new_zeros(layer.rows, layer.columns)
-    return kind_of(layer).build(layer, weight)
+    return kind_of(layer).build(layer, layer.weight.new_zeros(*layer.shape))
 
 
 def _on_cpu(device_map: Any) -> bool:

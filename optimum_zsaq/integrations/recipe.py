@@ -1,4 +1,4 @@
-"""How a checkpoint was made: measured on load, and written down. Provenance only; nothing here is needed to read a model."""
+"""How a checkpoint was made: measured on load, and written down. Provenance: nothing here is needed to read a model."""
 
 import os
 from pathlib import Path

@@ -1,7 +1,7 @@
 """`save_pretrained` and `push_to_hub` of a low-bit model: as transformers', with a model card, and whole or not at all.
 
-transformers calls a quantizer for the state dict only, and `push_to_hub` puts its own card in place of a model's; so the two
-methods are set on the model instance. Everything is written beside the target first and moved when it is complete.
+transformers asks a quantizer for the state dict only, and `push_to_hub` puts its own card in place of a model's; so the
+two methods are set on the model instance. Everything is written beside the target first and moved when it is complete.
 """
 
 import os

@@ -28,7 +28,9 @@ class Reference:
     name = "reference"
 
     def serves(self, x: Tensor, packed: PackedTensors) -> bool:
+        """Everything."""
         return True
 
     def __call__(self, x: Tensor, packed: PackedTensors, bias: Tensor | None) -> Tensor:
+        """x (..., I), bias (O,) or None -> (..., O) in x's dtype."""
         return _DequantizedLinear.apply(packed.inputs(x), bias, packed)

@@ -63,6 +63,7 @@ class LowBitLayer:
         return self
 
     def extra_repr(self) -> str:
+        """Shape and spec, as `print(model)` shows them."""
         weight, inputs = self.spec.weight, self.spec.inputs
         group = f"/{weight.group_size}" if weight.group_size else ""
         text = f"W{weight.bits} {weight.granularity}{group}"

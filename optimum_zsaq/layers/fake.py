@@ -40,15 +40,19 @@ class _FakeQuant(LowBitLayer):
         zero_point = None if spec.weight.symmetric else torch.zeros(shape, dtype=torch.uint8, device=device)
         self._set_tensor("weight_zero_point", zero_point)
         count = spec.outlier_count(rows, columns)
-        positions = torch.zeros(count, dtype=torch.int32, device=device) if count else None
-        self._set_tensor("weight_outlier_positions", positions)
-        self._set_tensor("weight_outlier_values", torch.zeros(count, device=device) if count else None)
         with torch.device(device):
+            self._set_tensor("weight_outlier_positions", torch.zeros(count, dtype=torch.int32) if count else None)
+            self._set_tensor("weight_outlier_values", torch.zeros(count, dtype=torch.float32) if count else None)
             self._new_input_tensors()
 
     def master(self) -> Tensor:
         """The float master weight. Shapes: (O, I), a view."""
         return self.weight
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(O, I) of the weight."""
+        return tuple(self.master().shape)
 
     @torch.no_grad()
     def find_ranges(self, ranges: str = "mse") -> None:
@@ -127,6 +131,7 @@ class FakeQuantTransposedLinear(FakeQuantLinear):
         return weight.shape[1], weight.shape[0]
 
     def master(self) -> Tensor:
+        """The float master weight. Shapes: (O, I), a view of the (I, O) Parameter."""
         return self.weight.t()
 
 

@@ -39,8 +39,13 @@ class _Packed(LowBitLayer):
         self._set_tensor("weight_zero_point", None if spec.weight.symmetric else torch.zeros(shape, dtype=torch.uint8))
         count = spec.outlier_count(rows, columns)
         self._set_tensor("weight_outlier_positions", torch.zeros(count, dtype=torch.int32) if count else None)
-        self._set_tensor("weight_outlier_values", torch.zeros(count) if count else None)
+        self._set_tensor("weight_outlier_values", torch.zeros(count, dtype=torch.float32) if count else None)
         self._new_input_tensors()
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(O, I) of the weight."""
+        return self.rows, self.columns
 
     def set_weight(self, fake: _FakeQuant) -> None:
         """Take codes, scales and outliers from a fake-quantized layer. Nothing to do on a tied layer."""

@@ -49,9 +49,7 @@ def inspect_checkpoint(path: str) -> dict[str, Any]:
     """
     config = load_config(path)
     stored = getattr(config, "quantization_config", None)
-    low_bit = (
-        LowBitConfig.from_dict(stored) if isinstance(stored, dict) and stored.get("quant_method") == "zsaq" else None
-    )
+    low_bit = LowBitConfig.from_dict(stored) if isinstance(stored, dict) and stored.get("quant_method") == "zsaq" else None
     files = _weight_files(path)
     with torch.device("meta"):
         model = model_class(config)(config)
@@ -111,7 +109,7 @@ def _layer(name: str, module: nn.Module) -> LayerReport:
         rows, columns = module.weight.shape
         return LayerReport(name, type(module).__name__, (rows, columns), None, None, None, 0, None, count, False)
     spec = module.spec
-    rows, columns = (module.rows, module.columns) if _is_packed(module) else tuple(module.master().shape)
+    rows, columns = module.shape
     group = f"/{spec.weight.group_size}" if spec.weight.group_size else ""
     modes = {"token": "dynamic", "tensor": "static"}
     inputs = f"A{spec.inputs.bits} {modes[spec.inputs.granularity]}" if spec.inputs else None

@@ -1,7 +1,7 @@
-"""What a measurement starts from: a model that fits its task, its tokenizer, and samples of token ids in padded batches.
+"""What a measurement starts from: a model that fits its task, its tokenizer, and samples in padded batches.
 
-A sample is a dict of token ids, so that models without a tokenizer can be measured too. Never loads a model whose weights
-the checkpoint lacks; does not read data files (`commands/evaluate.py` does).
+A sample is a dict of token ids, so that models without a tokenizer can be measured too. Never loads a model whose
+weights the checkpoint lacks; does not read data files (`commands/evaluate.py` does).
 """
 
 import inspect
@@ -39,8 +39,7 @@ def load_model(path: str | Path, task: str) -> PreTrainedModel:
     """A model for a task, float or low-bit; a float16 checkpoint is loaded as float32 (CPUs are slow at float16).
 
     Raises:
-        ValueError: an unknown task; a model that is not one of this task: its class has no such head, or the checkpoint
-            lacks weights of it.
+        ValueError: an unknown task; a model that is not one of this task, or whose checkpoint lacks weights of it.
         FileNotFoundError: a folder without config.json, or no folder at all.
     """
     if task not in TASKS:
@@ -61,7 +60,7 @@ def load_model(path: str | Path, task: str) -> PreTrainedModel:
     model, info = TASKS[task].from_pretrained(path, dtype=dtype, output_loading_info=True)
     if info["missing_keys"]:
         raise ValueError(
-            f"{path} has no weights for {task}: {sorted(info['missing_keys'])[:3]} are missing from it; {_hint(config)}"
+            f"{path} has no weights for {task}: it lacks {sorted(info['missing_keys'])[:3]}; {_hint(config)}"
         )
     _check_outputs(path, task, model)
     return model
@@ -139,7 +138,7 @@ def batches(
 ) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
     """Batches of samples, the longest first: (places in `samples`, padded tensors on the model's device).
 
-    Inputs that `forward` does not name are left out, as a DistilBERT's token types; a wrapper that names none gets all.
+    Inputs that `forward` does not name, as DistilBERT's token types, are left out; a wrapper that names none gets all.
     """
     accepted = inspect.signature(model.forward).parameters
     order = sorted(range(len(samples)), key=lambda i: -len(samples[i]["input_ids"]))

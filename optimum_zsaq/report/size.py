@@ -38,7 +38,7 @@ def measure_size(model: nn.Module) -> ModelSize:
     """The size of a float, fake-quantized or packed model; tied tensors count once. Works on the "meta" device."""
     size, seen = ModelSize(), set()
     packed = {name: layer for name, layer in low_bit_layers(model) if hasattr(layer, "rows")}
-    for name, layer in packed.items():
+    for layer in packed.values():
         if layer.owner is layer:
             size.parameters += layer.rows * layer.columns
             size.weights["codes"] += layer.rows * layer.columns

@@ -1,0 +1,276 @@
+import pytest
+import torch
+from conformance import DTYPES, GROUP, random_weight, spec_id, weight_specs
+from tolerances import MSE_SEARCH, ONE_DIVISION, SUM_OF_SQUARES, relative_error
+from torch import Tensor
+
+from optimum_zsaq.ops import RANGES, fake_quantize, find_input_range, find_ranges, ranges
+from optimum_zsaq.spec import QuantSpec
+
+
+UNIFORM = weight_specs(ternary=False)
+METHODS = ("minmax", "mse", "lsq")
+
+
+def squared_error(weight: Tensor, found: ranges.Range, spec: QuantSpec) -> Tensor:
+    """Squared error of each row, in float64."""
+    return (weight - fake_quantize(weight, *found, spec)).double().square().sum(dim=1)
+
+
+@pytest.mark.parametrize("spec", UNIFORM, ids=spec_id)
+class TestEveryUniformSpec:
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("method", METHODS)
+    def test_shapes_and_dtypes(self, spec, method, dtype, device):
+        weight = random_weight(3, 17, 0, dtype).to(device)
+        before = weight.clone()
+        scale, zero_point = find_ranges(weight, spec, method)
+        assert (scale.dtype, tuple(scale.shape)) == (torch.float32, spec.scale_shape(3, 17))
+        assert (scale > 0).all()
+        if spec.symmetric:
+            assert zero_point is None
+        else:
+            assert (zero_point.dtype, zero_point.shape) == (torch.uint8, scale.shape)
+            assert zero_point.max() <= spec.highest
+        assert torch.equal(weight, before)
+
+    @pytest.mark.parametrize("method", METHODS)
+    def test_slices_are_found_one_by_one(self, spec, method):
+        """What a whole weight gets is what each of its slices gets alone: also the short last group."""
+        weight = random_weight(3, 17, 2)
+        scale, zero_point = find_ranges(weight, spec, method)
+        if spec.granularity == "tensor":
+            slices = [((0, 0), weight.reshape(1, -1))]
+        else:
+            size = spec.group_size or 17
+            slices = [((i, g), weight[i : i + 1, g * size : (g + 1) * size]) for i in range(3) for g in range(-(-17 // size))]
+        row = QuantSpec(spec.bits, "row", symmetric=spec.symmetric)
+        for at, part in slices:
+            alone, zero = find_ranges(part, row, method)
+            assert relative_error(scale[at], alone[0, 0]) < ONE_DIVISION
+            assert zero is None or zero_point[at] == zero[0, 0]
+
+    @pytest.mark.parametrize("method", METHODS)
+    def test_block_by_block_is_the_same(self, spec, method, monkeypatch):
+        if spec.granularity == "tensor" and method == "mse":
+            return self.tensor_wide_mse_block_by_block(spec, monkeypatch)
+        weight = random_weight(5, 17, 0)
+        scale, zero_point = find_ranges(weight, spec, method)
+        monkeypatch.setattr(ranges, "_CHUNK", 40)
+        again, zero = find_ranges(weight, spec, method)
+        assert relative_error(again, scale) < ONE_DIVISION
+        assert zero is None or torch.equal(zero, zero_point)
+
+    @staticmethod
+    def tensor_wide_mse_block_by_block(spec, monkeypatch):
+        """Sums over blocks round otherwise, so another scale of equal error may win."""
+        weight = random_weight(5, 17, 0)
+        error = squared_error(weight, find_ranges(weight, spec, "mse"), spec).sum()
+        monkeypatch.setattr(ranges, "_CHUNK", 40)
+        again = squared_error(weight, find_ranges(weight, spec, "mse"), spec).sum()
+        assert abs(again / error - 1) < SUM_OF_SQUARES
+
+    def test_mse_is_never_worse_than_minmax(self, spec):
+        for seed in range(10):
+            weight = random_weight(3, 33, seed)
+            best = squared_error(weight, find_ranges(weight, spec, "mse"), spec).sum()
+            plain = squared_error(weight, find_ranges(weight, spec, "minmax"), spec).sum()
+            assert best <= plain * (1 + SUM_OF_SQUARES)
+
+    @pytest.mark.parametrize("method", ["minmax", "mse"])
+    def test_a_grid_that_fills_the_range_survives(self, spec, method):
+        """An exact anchor: the weights are scale * code for all codes, the scale a power of two."""
+        low = spec.lowest if spec.symmetric else -(spec.highest // 3)
+        grid = (torch.arange(2.0**spec.bits) + low).repeat(2, 1) * 0.25
+        size = 2**spec.bits if spec.granularity == "group" else None
+        spec = QuantSpec(spec.bits, spec.granularity, size, spec.symmetric)
+        found = find_ranges(grid, spec, method)
+        assert torch.equal(fake_quantize(grid, *found, spec), grid)
+
+    @pytest.mark.parametrize("method", METHODS)
+    def test_zeros_get_a_scale_that_works(self, spec, method):
+        weight = torch.zeros(2, 17)
+        found = find_ranges(weight, spec, method)
+        assert torch.equal(found[0], torch.ones_like(found[0]))
+        assert torch.equal(fake_quantize(weight, *found, spec), weight)
+
+    @pytest.mark.parametrize("method", METHODS)
+    def test_tiny_weights_stay_finite(self, spec, method):
+        """Subnormal weights, whose scale may underflow to zero."""
+        weight = torch.tensor([[1e-45, -1e-45, 0.0], [1e-44, -3e-45, 1e-45]])
+        found = find_ranges(weight, spec, method)
+        assert torch.isfinite(fake_quantize(weight, *found, spec)).all()
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+class TestMinmaxByHand:
+    def test_symmetric(self, bits):
+        """The full signed range: the larger of high / (2^(b-1) - 1) and -low / 2^(b-1), by row."""
+        weight = torch.tensor([[-1.0, 0.5, 3.0], [-3.0, 0.5, 1.0], [2.0, 1.0, 0.5]])
+        scale, _ = find_ranges(weight, QuantSpec(bits), "minmax")
+        top, bottom = 2 ** (bits - 1) - 1, 2 ** (bits - 1)
+        expected = torch.tensor([[3.0 / top], [max(3.0 / bottom, 1.0 / top)], [2.0 / top]])
+        assert torch.equal(scale, expected)
+
+    def test_asymmetric(self, bits):
+        """[min(low, 0), max(high, 0)] / (2^b - 1), so a one-sided row has its zero at the end of the codes."""
+        weight = torch.tensor([[1.0, 4.0, 2.0], [-3.0, -1.0, -2.0], [-1.0, 1.0, 0.0]])
+        top = 2**bits - 1
+        scale, zero_point = find_ranges(weight, QuantSpec(bits, symmetric=False), "minmax")
+        assert torch.equal(scale, torch.tensor([[4.0], [3.0], [2.0]]) / top)
+        assert zero_point[:2].flatten().tolist() == [0, top]
+        assert zero_point[2].item() in (top // 2, top // 2 + 1)
+
+    def test_nothing_is_clipped(self, bits):
+        for symmetric in (True, False):
+            spec = QuantSpec(bits, symmetric=symmetric)
+            for seed in range(20):
+                weight = random_weight(4, 17, seed)
+                found = find_ranges(weight, spec, "minmax")
+                error = (weight - fake_quantize(weight, *found, spec)).abs()
+                # half a step; asymmetric: a whole one at the ends, as the zero point is rounded
+                assert (error <= found[0] * (0.5 if symmetric else 1.0) * (1 + 1e-5)).all()
+
+
+def heavy_tailed(seed: int) -> Tensor:
+    """Eight rows of 96: normal, Laplace-like, with outliers, one-sided."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(8, 96, generator=generator)
+    weight[2:4] *= torch.randn(2, 96, generator=generator).abs()
+    weight[4:6, :2] *= 8
+    weight[6:] = weight[6:].abs() + torch.tensor([[0.0], [0.3]])
+    return weight
+
+
+def least_error_by_grid(weight: Tensor, spec: QuantSpec) -> Tensor:
+    """The least squared error of each row over 400 scales and, asymmetric, every zero point."""
+    fractions = torch.linspace(0.02, 1.05, 400)
+    span = weight.amax(1).clamp(min=0) - weight.amin(1).clamp(max=0)
+    widest = find_ranges(weight, QuantSpec(spec.bits), "minmax")[0][:, 0] if spec.symmetric else span / spec.highest
+    least = torch.full((len(weight),), torch.inf, dtype=torch.float64)
+    for z in range(1 if spec.symmetric else 2**spec.bits):
+        scale = (widest * fractions[:, None])[..., None]
+        levels = (weight / scale).round().clamp(spec.lowest - z, spec.highest - z)
+        least = torch.minimum(least, (weight - levels * scale).double().square().sum(-1).amin(0))
+    return least
+
+
+@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_mse_matches_an_exhaustive_search(bits, symmetric):
+    spec = QuantSpec(bits, symmetric=symmetric)
+    for seed in range(1 if bits == 8 and not symmetric else 6):
+        weight = heavy_tailed(seed)
+        found = squared_error(weight, find_ranges(weight, spec, "mse"), spec)
+        ratio = found / least_error_by_grid(weight, spec)
+        assert (ratio <= MSE_SEARCH).all(), f"seed {seed}: {ratio.tolist()}"
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_lsq_start_by_hand(bits):
+    """2 * mean|w| / sqrt(Qp), mean|w| = 2; asymmetric twice that, zero point at -min / scale."""
+    weight = torch.tensor([[-1.0, 3.0, -2.0, 2.0]])
+    scale, zero_point = find_ranges(weight, QuantSpec(bits), "lsq")
+    assert scale.item() == pytest.approx(4.0 / (2 ** (bits - 1) - 1) ** 0.5, rel=ONE_DIVISION)
+    assert zero_point is None
+    scale, zero_point = find_ranges(weight, QuantSpec(bits, symmetric=False), "lsq")
+    assert scale.item() == pytest.approx(8.0 / (2**bits - 1) ** 0.5, rel=ONE_DIVISION)
+    assert zero_point.item() == round(2.0 / scale.item())
+
+
+def test_ternary_by_hand():
+    """TWN: Delta = 0.7 * mean|w| = 0.7, kept are 1.0 and -2.8, so alpha = 1.9; a group of equal weights keeps them all."""
+    weight = torch.tensor([[0.1, -0.5, 0.6, 1.0, -2.8, 0.25, -0.25]])
+    spec = QuantSpec(2, "group", GROUP, ternary=True)
+    scale, zero_point = find_ranges(weight, spec, "ternary")
+    assert zero_point is None
+    assert torch.allclose(scale, torch.tensor([[1.9, 0.25]]), rtol=ONE_DIVISION, atol=0)
+    expected = torch.tensor([[0, 0, 0, 1.9, -1.9, 0.25, -0.25]])
+    assert torch.allclose(fake_quantize(weight, scale, None, spec), expected, rtol=ONE_DIVISION, atol=0)
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "row", "group"])
+def test_ternary_of_zeros(granularity):
+    spec = QuantSpec(2, granularity, GROUP if granularity == "group" else None, ternary=True)
+    scale, _ = find_ranges(torch.zeros(2, 7), spec, "ternary")
+    assert torch.equal(scale, torch.ones(spec.scale_shape(2, 7)))
+
+
+class TestErrors:
+    def test_unknown_method(self):
+        with pytest.raises(ValueError, match=r"ranges='max' is unknown; use one of \['lsq', 'minmax', 'mse', 'ternary'\]"):
+            find_ranges(torch.ones(2, 3), QuantSpec(4), "max")
+
+    @pytest.mark.parametrize(
+        ("spec", "method"),
+        [
+            pytest.param(QuantSpec(2), "ternary", id="method-only"),
+            pytest.param(QuantSpec(2, ternary=True), "mse", id="spec-only"),
+        ],
+    )
+    def test_ternary_with_something_else(self, spec, method):
+        with pytest.raises(ValueError, match=f"ranges='{method}' does not go with ternary={spec.ternary}"):
+            find_ranges(torch.ones(2, 3), spec, method)
+
+    @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf], ids=str)
+    @pytest.mark.parametrize("spec", weight_specs((4,)), ids=spec_id)
+    def test_weights_that_are_not_finite(self, spec, bad):
+        weight = random_weight(3, 17, 0)
+        weight[2, 16] = bad
+        for method in ("ternary",) if spec.ternary else METHODS:
+            with pytest.raises(ValueError, match="a weight is NaN or infinite and has no range; check the float checkpoint"):
+                find_ranges(weight, spec, method)
+
+    def test_granularity_of_an_input(self):
+        with pytest.raises(ValueError, match="a weight has no granularity='token'"):
+            find_ranges(torch.ones(2, 3), QuantSpec(8, "token"), "minmax")
+
+
+@pytest.mark.parametrize("spec", weight_specs((3,), ternary=False), ids=spec_id)
+def test_a_registered_method_is_found(spec, monkeypatch):
+    """A new method sees the slices as rows, and what it returns lands in the scale's shape."""
+    seen = []
+
+    def largest(slices, spec):
+        seen.append(tuple(slices.shape))
+        scale = slices.abs().amax(dim=1)
+        return scale, None if spec.symmetric else torch.full_like(scale, 3.0)
+
+    monkeypatch.setitem(RANGES, "largest", largest)
+    weight = torch.arange(1.0, 15.0).view(2, 7)
+    scale, zero_point = find_ranges(weight, spec, "largest")
+    expected = {"tensor": [[14.0]], "row": [[7.0], [14.0]], "group": [[5.0, 7.0], [12.0, 14.0]]}[spec.granularity]
+    assert scale.tolist() == expected
+    assert seen == {"tensor": [(1, 14)], "row": [(2, 7)], "group": [(2, 5), (2, 2)]}[spec.granularity]
+    assert zero_point is None if spec.symmetric else (zero_point == 3).all()
+
+
+@pytest.mark.parametrize("bits", [3, 8])
+class TestInputRange:
+    def test_minmax_takes_the_extremes_of_everything_seen(self, bits):
+        spec = QuantSpec(bits, "tensor", symmetric=False)
+        scale, zero_point = find_input_range(torch.tensor([0.5, 0.25]), -1.0, 4.0, spec, "minmax")
+        assert (scale.shape, scale.dtype) == ((1, 1), torch.float32)
+        assert (zero_point.shape, zero_point.dtype) == ((1, 1), torch.uint8)
+        assert scale.item() == pytest.approx(5.0 / (2**bits - 1), rel=ONE_DIVISION)
+        assert zero_point.item() == round((2**bits - 1) / 5.0)
+
+    def test_mse_beats_minmax_on_what_it_saw(self, bits):
+        spec = QuantSpec(bits, "tensor", symmetric=False)
+        for seed in range(5):
+            values = heavy_tailed(seed)[4]
+            low, high = values.min().item(), values.max().item()
+            error = {}
+            for method in ("mse", "minmax"):
+                found = find_input_range(values, low, high, spec, method)
+                error[method] = squared_error(values.view(1, -1), found, spec).item()
+            assert error["mse"] < error["minmax"]
+
+    def test_one_sided_inputs_use_all_codes(self, bits):
+        spec = QuantSpec(bits, "tensor", symmetric=False)
+        values = torch.rand(50, generator=torch.Generator().manual_seed(0))
+        for method in ("mse", "minmax"):
+            for sign, zero in ((1, 0), (-1, 2**bits - 1)):
+                x = sign * values
+                _, zero_point = find_input_range(x, x.min().item(), x.max().item(), spec, method)
+                assert zero_point.item() == zero
