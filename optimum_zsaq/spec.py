@@ -97,7 +97,7 @@ class LayerSpec:
         outliers (`float`): share of the weights whose float residual is stored beside the codes, in [0, 1).
 
     Raises:
-        ValueError: a granularity that does not fit the tensor, or a share outside [0, 1).
+        ValueError: a granularity that does not fit the tensor, symmetric inputs, or a share outside [0, 1).
     """
 
     weight: QuantSpec
@@ -109,6 +109,8 @@ class LayerSpec:
             raise ValueError(f"a weight has no granularity={self.weight.granularity!r}; use one of {WEIGHT_GRANULARITIES}")
         if self.inputs is not None and self.inputs.granularity not in INPUT_GRANULARITIES:
             raise ValueError(f"an input has no granularity={self.inputs.granularity!r}; use one of {INPUT_GRANULARITIES}")
+        if self.inputs is not None and self.inputs.symmetric:
+            raise ValueError("inputs always have a zero point and got symmetric=True; use symmetric=False")
         if not 0.0 <= self.outliers < 1.0:
             raise ValueError(f"outliers={self.outliers!r} is not a share of the weights; use a number in [0, 1)")
 

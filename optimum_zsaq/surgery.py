@@ -5,8 +5,8 @@ which layers share a weight, which are heads) comes from a reader that `integrat
 read by `ModelReader` itself.
 """
 
-from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
@@ -22,7 +22,8 @@ from .layers import (
     PackedLinear,
     PackedTransposedLinear,
 )
-from .layers.packed import packed_tensors
+from .layers.packed import RUNTIMES, packed_tensors
+from .ops import RANGES
 from .spec import LayerSpec, QuantScheme
 
 
@@ -133,6 +134,8 @@ def reader_of(model: nn.Module) -> ModelReader:
 
 def kind_of(layer: nn.Module) -> LayerKind | None:
     """The kind of a layer in whichever state, None if it cannot be quantized."""
+    if isinstance(layer, LowBitLayer) and layer.float_type is not None:
+        return KINDS[layer.float_type]
     kind = KINDS.get(type(layer))
     return kind or next((k for k in KINDS.values() if type(layer) in (k.fake, k.packed)), None)
 
@@ -154,9 +157,13 @@ def select(model: nn.Module, scheme: QuantScheme) -> dict[str, LayerSpec]:
     table's weight gets that table's row. Layers in `scheme.skip`, heads and everything else stay float.
 
     Raises:
-        ValueError: a skip pattern that matches no layer; no layer is selected.
-        TypeError: the input table is of a type whose forward we do not know.
+        ValueError: a skip pattern that matches no layer, or one of two layers that share a weight; no layer is selected.
+        TypeError: the input table, or a layer tied to it, is of a type whose forward we do not know.
     """
+    if kind_of(model) is not None:
+        raise TypeError(
+            f"a {type(model).__name__} is a layer, which cannot be replaced in itself; give the model that holds it"
+        )
     facts = reader_of(model).facts(model)
     layers = {name: module for name, module in model.named_modules() if kind_of(module) is not None}
     _check_patterns(scheme.skip, layers)
@@ -169,14 +176,21 @@ def select(model: nn.Module, scheme: QuantScheme) -> dict[str, LayerSpec]:
         if row is not None and wanted and name not in facts.tied and not _skipped(name, scheme.skip):
             table[name] = row
     for name, owner in facts.tied.items():
-        if owner in table and name in layers:
-            table[name] = LayerSpec(table[owner].weight, None, table[owner].outliers)
+        if owner in table:
+            _check_tied(model, name, owner, scheme.skip)
+            table[name] = tied_row(model, name, owner, table[owner])
     if not table:
         raise ValueError(
             f"nothing to quantize in {type(model).__name__}: it has {len(layers)} Linear and embedding layers and all of "
             "them are heads or named in modules_to_not_convert; shorten that list or load another class of model"
         )
     return {name: table[name] for name in layers if name in table}
+
+
+def tied_row(model: nn.Module, name: str, owner: str, row: LayerSpec) -> LayerSpec:
+    """The row of a layer that shares the weight of `owner`; one that reads a table takes its input as it is."""
+    table = kind_of(model.get_submodule(owner)).table or kind_of(model.get_submodule(name)).table
+    return replace(row, inputs=None) if table else row
 
 
 def _skipped(name: str, patterns: tuple[str, ...]) -> bool:
@@ -204,6 +218,19 @@ def _check_tables(model: nn.Module, facts: ModelFacts, skip: tuple[str, ...]) ->
             )
 
 
+def _check_tied(model: nn.Module, name: str, owner: str, skip: tuple[str, ...]) -> None:
+    if _skipped(name, skip):
+        raise ValueError(
+            f"{name!r} shares its weight with the embedding {owner!r}, so one cannot stay float without the other; "
+            f"use embedding_bits=None, or take it out of modules_to_not_convert={list(skip)}"
+        )
+    if kind_of(model.get_submodule(name)) is None:
+        raise TypeError(
+            f"{name!r} shares the weight of the embedding {owner!r} and is a {type(model.get_submodule(name)).__name__}, "
+            "which we do not know how to quantize; use embedding_bits=None"
+        )
+
+
 def prepare(model: nn.Module, scheme: QuantScheme, ranges: str = "mse") -> nn.Module:
     """Make the selected layers fake-quantized, in place, with ranges found from their weights.
 
@@ -222,27 +249,31 @@ def prepare(model: nn.Module, scheme: QuantScheme, ranges: str = "mse") -> nn.Mo
     """
     if any(isinstance(module, PackedLinear | PackedEmbedding) for module in model.modules()):
         raise ValueError("the model is packed and has no float weights to prepare; call unpack(model) first")
+    if ranges not in RANGES:
+        raise ValueError(f"ranges={ranges!r} is unknown; use one of {sorted(RANGES)}")
     if ranges == "ternary" and not scheme.weights.ternary:
         raise ValueError("ranges='ternary' needs ternary weights; use QuantSpec(bits=2, ternary=True)")
     table = {n: row for n, row in select(model, scheme).items() if not isinstance(model.get_submodule(n), LowBitLayer)}
-    swap(model, {name: kind_of(model.get_submodule(name)).fake.from_float for name in table}, table)
-    find_model_ranges(model, ranges, table)
+    tied = reader_of(model).facts(model).tied
+    float_layers = {name: model.get_submodule(name) for name in table}
+    layers = {name: kind_of(old).fake.from_float(old, table[name]) for name, old in float_layers.items()}
+    find_layer_ranges({name: layer for name, layer in layers.items() if tied.get(name) not in table}, ranges)
+    swap(model, {name: lambda _, __, new=layer: new for name, layer in layers.items()}, table)
     reader_of(model).changed(model)
     return model
 
 
-def find_model_ranges(model: nn.Module, ranges: str, names: Collection[str] | None = None) -> None:
-    """Set the scales of fake-quantized layers (of all, or of those named) from their master weights, in place.
+def find_layer_ranges(layers: Mapping[str, LowBitLayer], ranges: str) -> None:
+    """Set the scales of fake-quantized layers from their master weights, in place.
 
     Raises:
         ValueError: see `ops.find_ranges`; the message names the layer.
     """
-    for name, layer in low_bit_layers(model):
-        if names is None or name in names:
-            try:
-                layer.find_ranges(range_method(layer.spec, ranges))
-            except ValueError as error:
-                raise ValueError(f"{name}: {error}") from error
+    for name, layer in layers.items():
+        try:
+            layer.find_ranges(range_method(layer.spec, ranges))
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
 
 
 def pack(model: nn.Module) -> nn.Module:
@@ -312,7 +343,11 @@ def swap(
     """Replace layers by name, wherever the model holds them, then tie the new low-bit ones as the old were tied."""
     tied = reader_of(model).facts(model).tied
     old = {name: model.get_submodule(name) for name in build}
-    new = {id(layer): _carry_over(layer, build[name](layer, table[name])) for name, layer in old.items()}
+    new = {}
+    for name, layer in old.items():
+        new[id(layer)] = _carry_over(layer, build[name](layer, table[name]))
+        if isinstance(new[id(layer)], LowBitLayer):
+            new[id(layer)].float_type = getattr(layer, "float_type", None) or type(layer)
     for parent in list(model.modules()):
         for child, module in list(parent._modules.items()):
             if id(module) in new:
@@ -333,7 +368,8 @@ def _carry_over(old: nn.Module, new: nn.Module) -> nn.Module:
     return new.train(old.training)
 
 
-_STATE_ATTRIBUTES = {"spec", "rows", "columns", "runtime", "_tied", "_unpacked", "nx", "nf"}
+_STATE_ATTRIBUTES = {"spec", "rows", "columns", "runtime", "float_type", "_tied", "_unpacked", "nx", "nf"}
+_STATE_ATTRIBUTES |= {"forward", "_old_forward", "_hf_hook"}  # accelerate's hooks wrap the old layer's forward
 
 
 def low_bit_layers(model: nn.Module) -> Iterator[tuple[str, LowBitLayer]]:
@@ -359,6 +395,8 @@ def set_runtime(model: nn.Module, runtime: str) -> nn.Module:
     Raises:
         ValueError: an unknown runtime.
     """
+    if runtime not in RUNTIMES:
+        raise ValueError(f"runtime={runtime!r} is unknown; use one of {RUNTIMES}")
     for _, layer in low_bit_layers(model):
         if isinstance(layer, PackedLinear | PackedEmbedding):
             layer.set_runtime(runtime)

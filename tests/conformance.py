@@ -126,14 +126,18 @@ def fake_and_packed(layer: nn.Module, spec: LayerSpec, x: Tensor, ranges: str) -
     return fake, packed
 
 
-def check_packed_equals_fake(name: str, spec: LayerSpec, dtype: torch.dtype, seeds: int = 100) -> None:
-    """The packed layer computes exactly what the fake-quantized one does: `torch.equal`, on many weights and shapes."""
+def check_packed_equals_fake(name: str, spec: LayerSpec, *dtypes: torch.dtype, seeds: int = 100) -> None:
+    """The packed layer computes exactly what the fake-quantized one does: `torch.equal`, on many weights and shapes.
+
+    Shapes, range methods and, where several are given, dtypes take turns.
+    """
     kind = LAYERS[name]
     for seed in range(seeds):
-        rows, columns = SHAPES[seed % len(SHAPES)]
+        dtype = dtypes[seed % len(dtypes)]
+        rows, columns = SHAPES[seed // len(dtypes) % len(SHAPES)]
         layer = kind.build(random_weight(rows, columns, seed, dtype))
         x = kind.inputs(rows, columns, dtype, torch.Generator().manual_seed(seed))
-        fake, packed = fake_and_packed(layer, spec, x, "lsq" if seed % 3 == 0 else "minmax")
+        fake, packed = fake_and_packed(layer, spec, x, ("minmax", "lsq")[seed % 2])
         with torch.no_grad():
             expected, found = fake(x), packed(x)
             assert found.dtype == expected.dtype == dtype, seed
@@ -181,9 +185,7 @@ SCHEMES = {
         QuantScheme(QuantSpec(2, "tensor", ternary=True), QuantSpec(2, "tensor", ternary=True)), "ternary"
     ),
     "w3a4e6-outliers": Row(
-        QuantScheme(
-            QuantSpec(3), QuantSpec(6, symmetric=False), QuantSpec(4, "token", symmetric=False), (), outliers=0.05
-        )
+        QuantScheme(QuantSpec(3), QuantSpec(6, symmetric=False), QuantSpec(4, "token", symmetric=False), (), outliers=0.05)
     ),
     "w7-skips": Row(QuantScheme(QuantSpec(7, symmetric=False), skip=("head",)), "lsq"),
 }

@@ -189,3 +189,20 @@ def inputs(model: PreTrainedModel, ids: Tensor | None = None) -> dict[str, Tenso
 def logits(model: PreTrainedModel, ids: Tensor | None = None) -> Tensor:
     """The first output of a model: logits, or hidden states where it has no head."""
     return model(**inputs(model, ids))[0]
+
+
+def make_tokenizer(special: bool = True) -> tf.PreTrainedTokenizerBase:
+    """A tokenizer of the 99 tokens: "w5" to "w98" are words; with `special` also [CLS] and [SEP] around a text."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    names = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", "[MASK]"]
+    vocabulary = {token: i for i, token in enumerate([*names, *(f"w{i}" for i in range(5, VOCABULARY))])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    roles = {"pad_token": "[PAD]", "unk_token": "[UNK]", "eos_token": "[SEP]"}
+    if special:
+        pair = "[CLS]:0 $A:0 [SEP]:0 $B:1 [SEP]:1"
+        pieces = [("[CLS]", 1), ("[SEP]", 2)]
+        tokenizer.post_processor = processors.TemplateProcessing("[CLS]:0 $A:0 [SEP]:0", pair, special_tokens=pieces)
+        roles = {**roles, "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
+    return tf.PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=80, **roles)

@@ -16,7 +16,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..layers.packed import RUNTIMES
 from ..spec import LayerSpec, QuantScheme, QuantSpec
-from ..surgery import ModelFacts, kind_of, low_bit_layers, reader_of
+from ..surgery import ModelFacts, kind_of, low_bit_layers, reader_of, tied_row
 
 
 QUANT_METHOD = "zsaq"
@@ -212,7 +212,7 @@ class LowBitConfig(QuantizationConfigMixin):
                 table[name] = row
         for name, owner in facts.tied.items():
             if owner in table and kind_of(model.get_submodule(name)) is not None:
-                table[name] = LayerSpec(table[owner].weight, None, table[owner].outliers)
+                table[name] = tied_row(model, name, owner, table[owner])
         return table
 
     # transformers' contract ------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from transformers.quantizers.base import HfQuantizer
 from ..layers import LowBitLayer, PackedEmbedding, PackedLinear, PackedTransposedLinear
 from ..layers.common import INTEGERS, SCALES
 from ..surgery import (
-    find_model_ranges,
+    find_layer_ranges,
     kind_of,
     low_bit_layers,
     quantize_weight,
@@ -161,7 +161,7 @@ class LowBitQuantizer(HfQuantizer):
         set_runtime(model, config.runtime)
         if not self.pre_quantized:
             if not config.packed:
-                find_model_ranges(model, config.ranges)
+                find_layer_ranges(dict(low_bit_layers(model)), config.ranges)
             data = calibrate_on_load(model, config)
             config.describe_model(model)
             write_recipe(model, config, data)

@@ -18,7 +18,7 @@ class _DequantizedLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):
         grad_x = grad @ ctx.packed.weight().to(grad.dtype) if ctx.needs_input_grad[0] else None
-        grad_bias = grad.flatten(0, -2).sum(dim=0).to(ctx.bias_dtype) if ctx.needs_input_grad[1] else None
+        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(dim=0).to(ctx.bias_dtype) if ctx.needs_input_grad[1] else None
         return grad_x, grad_bias, None
 
 

@@ -16,9 +16,13 @@ INTEGERS = ("weight_codes", "weight_zero_point", "input_zero_point", "weight_out
 
 
 class LowBitLayer:
-    """A layer whose weight is low-bit, in either state. `spec` says what its tensors mean."""
+    """A layer whose weight is low-bit, in either state.
+
+    `spec` says what its tensors mean, `float_type` which float layer it was made from.
+    """
 
     spec: LayerSpec
+    float_type: type | None = None
 
     @property
     def owner(self) -> "LowBitLayer":
@@ -28,6 +32,7 @@ class LowBitLayer:
     def tie_to(self, owner: "LowBitLayer") -> None:
         """Read the weight of `owner` from now on; own weight tensors are given up."""
         self._tied = (owner,)  # a tuple: a module attribute would register the owner a second time
+        self.weight = owner.weight
         for name in (*SCALES, *INTEGERS):
             if not name.startswith("input"):
                 self.register_parameter(name, None)

@@ -82,11 +82,15 @@ class _Packed(LowBitLayer):
         )
 
     def _unpacked_codes(self) -> Tensor:
+        """The codes one a byte, unpacked again whenever the packed ones are others than last time."""
+        codes = self.weight_codes
         if self.spec.weight.bits == 8:
-            return self.weight_codes
-        if self._unpacked is None:
-            self._unpacked = unpack_codes(self.weight_codes, self.spec.weight.bits, self.columns)
-        return self._unpacked
+            return codes
+        kept = self._unpacked
+        state = (codes.data_ptr(), 0 if codes.is_inference() else codes._version)
+        if kept is None or kept[0] != state:
+            kept = self._unpacked = (state, unpack_codes(codes, self.spec.weight.bits, self.columns))
+        return kept[1]
 
     def quantized_weight(self) -> Tensor:
         """The dense weight that the codes (and outliers) stand for. Shapes: (O, I) float32."""
@@ -178,7 +182,7 @@ class PackedEmbedding(_Packed, nn.Embedding):
         """ids (...) integer -> (..., D), in the marker's dtype."""
         owner, spec = self.owner, self.owner.spec.weight
         flat = ids.reshape(-1).long()
-        codes = unpack_codes(owner.weight_codes[flat], spec.bits, owner.columns)
+        codes = unpack_codes(owner.weight_codes.index_select(0, flat), spec.bits, owner.columns)
         scale, zero_point = rows_of(owner.weight_scale, flat), rows_of(owner.weight_zero_point, flat)
         rows = dequantize(codes, scale, zero_point, spec)
         if owner.weight_outlier_positions is not None:

@@ -6,11 +6,12 @@ Functions of tensors and a `QuantSpec`; no modules, no state, inputs are never c
 from .affine import dequantize, fake_quantize, fake_quantize_tokens, quantize
 from .outliers import add_outliers, gather_outlier_rows, largest_positions
 from .packing import pack_codes, packed_columns, unpack_codes
-from .ranges import RANGES, find_input_range, find_ranges
+from .ranges import NOT_FINITE, RANGES, find_input_range, find_ranges
 from .rounding import round_ste
 
 
 __all__ = [
+    "NOT_FINITE",
     "RANGES",
     "add_outliers",
     "dequantize",

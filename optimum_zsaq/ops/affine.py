@@ -17,8 +17,10 @@ _THRESHOLD = 0.7  # TWN section 3.1: a weight is zero where |w| <= 0.7 * mean |w
 def expand_slices(per_slice: Tensor, columns: int, spec: QuantSpec) -> Tensor:
     """One value a slice -> one a weight, as far as broadcasting needs it.
 
-    Shapes: per_slice (1, 1), (O, 1) or (O, ceil(I / g)) -> (1, 1), (O, 1) or (O, I).
+    Shapes: per_slice (1, 1), (O, 1) or (O, ceil(I / g)) -> (), (O, 1) or (O, I).
     """
+    if spec.granularity == "tensor":
+        return per_slice.reshape(())
     if spec.granularity != "group":
         return per_slice
     return per_slice.repeat_interleave(spec.group_size, dim=-1)[..., :columns]

@@ -14,9 +14,11 @@ from .affine import ternary_levels
 
 
 Range = tuple[Tensor, Tensor | None]
+NOT_FINITE = "a weight is NaN or infinite and has no range; check the float checkpoint"
 _CHUNK = 2**18  # weights looked at together: bounds the temporary memory, and stays in the processor's cache
 _SHRINK = 0.92  # mse: step of the geometric grid of clipping ranges, our choice
 _STEPS = 32  # mse: the smallest range is 0.92^31 = 7.5 % of the full one
+_FINE = (1.0, 0.95, 0.96, 0.97, 0.98, 0.99, 1.01, 1.02, 1.03, 1.04, 1.05)  # mse: around the best of the grid
 _LEAST_SQUARES = 4  # mse: rounds of fitting the scale to the codes found
 
 
@@ -58,18 +60,21 @@ def ternary(slices: Tensor, spec: QuantSpec) -> Range:
 
 
 def mse(slices: Tensor, spec: QuantSpec) -> Range:
-    """The range of least squared error: a geometric grid of clipping ranges, then least squares for the scale.
+    """The range of least squared error: a geometric grid of clipping ranges, a fine grid around the best one, least squares.
 
-    Source: our choice of grid, measured in docs/methods/prequant.md; the search as such is common (BRECQ's code).
+    Asymmetric codes also try the neighbouring zero points and clipping either end alone.
+
+    Source: our choice of grids, measured in docs/methods/prequant.md; the search as such is common (BRECQ's code).
     """
     low, high = slices.amin(dim=1), slices.amax(dim=1)
     shrink = [_SHRINK**i for i in range(_STEPS)]
-    best = _search(slices, spec, ((low * f, high * f) for f in shrink))
+    best = _search(slices, spec, (_from_bounds(low * f, high * f, spec) for f in shrink))
     if not spec.symmetric:
         low, high = _bounds(best, spec)
-        best = _search(slices, spec, ((low * f, high) for f in shrink[:12]))
+        best = _search(slices, spec, (_from_bounds(low * f, high, spec) for f in shrink[:16]))
         low = _bounds(best, spec)[0]
-        best = _search(slices, spec, ((low, high * f) for f in shrink[:12]))
+        best = _search(slices, spec, (_from_bounds(low, high * f, spec) for f in shrink[:16]))
+    best = _search(slices, spec, _neighbours(best, spec))
     return _least_squares(slices, best, spec)
 
 
@@ -78,11 +83,20 @@ def _bounds(found: Range, spec: QuantSpec) -> tuple[Tensor, Tensor]:
     return -zero_point * scale, (spec.highest - zero_point) * scale
 
 
-def _search(slices: Tensor, spec: QuantSpec, bounds: Iterator[tuple[Tensor, Tensor]]) -> Range:
+def _neighbours(found: Range, spec: QuantSpec) -> Iterator[Range]:
+    """The range itself, then scales up to 5 % away and, asymmetric, zero points one away."""
+    scale, zero_point = found
+    for shift in (0,) if zero_point is None else (0, -1, 1):
+        z = None if zero_point is None else (zero_point + shift).clamp(spec.lowest, spec.highest)
+        for f in _FINE:
+            yield scale * f, z
+
+
+def _search(slices: Tensor, spec: QuantSpec, candidates: Iterator[Range]) -> Range:
+    """The candidate of least squared error, slice by slice; the first of equals."""
     best: Range | None = None
     least = slices.new_full((slices.shape[0],), torch.inf)
-    for low, high in bounds:
-        found = _from_bounds(low, high, spec)
+    for found in candidates:
         error = _fit(slices, found, spec)[0]
         better = error < least
         least = torch.where(better, error, least)
@@ -171,7 +185,7 @@ def _flat_range(slices: Tensor, spec: QuantSpec, method: Callable[[Tensor, Quant
     for start in range(0, rows, step):
         block = slices[start : start + step].float().reshape(-1, length)
         if not torch.isfinite(block).all():
-            raise ValueError("a weight is NaN or infinite and has no range; check the float checkpoint")
+            raise ValueError(NOT_FINITE)
         found.append(method(block, spec))
     scale = torch.cat([f[0] for f in found]).view(rows, groups)
     return scale, None if found[0][1] is None else torch.cat([f[1] for f in found]).view(rows, groups)

@@ -1,12 +1,10 @@
 """Measuring a model on a task, alone or against a reference model: what quantization cost it.
 
-Here classification (accuracy, F1, Matthews' correlation), regression (Pearson, Spearman) and what all tasks share; the
-tasks that predict tokens are in `generation.py`. Each sample's score is kept, in the order given, for paired tests.
+Here classification (accuracy, F1, Matthews' correlation), regression (Pearson, Spearman) and any metric of `evaluate`; the
+tasks that predict tokens are in `generation.py`, what all share is in `measuring.py`.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -16,64 +14,41 @@ from sklearn import metrics
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .samples import Sample, batches
+from .generation import edit_distance, generate, measure_perplexity, measure_text2text, perplexity
+from .measuring import (
+    TASKS,
+    Evaluation,
+    Sample,
+    batches,
+    encode,
+    encode_targets,
+    encode_text,
+    kl,
+    load_model,
+    load_tokenizer,
+    measuring,
+    same_width,
+)
 
 
-@dataclass
-class Evaluation:
-    """What was measured of a model.
-
-    Args:
-        metrics (`dict[str, float]`): the task's metrics of the model.
-        scores (`np.ndarray`): (n,) float64, one a sample: 1 right or 0 wrong (classification, and text2text without
-            `decode`), squared error (regression), nats a token (a window of a text), edits (text2text with `decode`).
-        predictions (`list`): each sample's class, value or generated sequence.
-        tokens (`int`, *optional*): how many tokens were predicted.
-        reference_metrics (`dict[str, float]`): the same metrics of the reference model.
-        comparison (`dict[str, float]`): model against reference: "kl", mean KL(reference || model) in nats, and
-            "agreement", the share of equal predictions, over samples or predicted tokens; for regression
-            "mean_difference", the mean absolute difference of the values.
-    """
-
-    metrics: dict[str, float] = field(default_factory=dict)
-    scores: np.ndarray = field(default_factory=lambda: np.empty(0))
-    predictions: list[Any] = field(default_factory=list)
-    tokens: int | None = None
-    reference_metrics: dict[str, float] = field(default_factory=dict)
-    comparison: dict[str, float] = field(default_factory=dict)
-
-
-@contextmanager
-def measuring(samples: Sequence[Any], *models: PreTrainedModel | None) -> Iterator[list[PreTrainedModel]]:
-    """The models that are there, without dropout and gradients for as long as the context lasts."""
-    if not len(samples):
-        raise ValueError("there is nothing to measure on; give at least one sample")
-    present = [model for model in models if model is not None]
-    training = [model.training for model in present]
-    try:
-        with torch.inference_mode():
-            yield [model.eval() for model in present]
-    finally:
-        for model, was in zip(present, training, strict=True):
-            model.train(was)
-
-
-def same_width(logits: Sequence[Tensor]) -> None:
-    """Raise a ValueError unless a model and its reference have as many outputs."""
-    widths = [part.shape[-1] for part in logits]
-    if len(set(widths)) > 1:
-        raise ValueError(
-            f"the model has {widths[0]} outputs and the reference {widths[1]}; give the float model it was made from"
-        )
-
-
-def kl(reference: Tensor, logits: Tensor) -> Tensor:
-    """KL(reference || model) in nats: (..., C), (..., C) -> (...)."""
-    log_p, log_q = reference.log_softmax(dim=-1), logits.log_softmax(dim=-1)
-    return (log_p.exp() * (log_p - log_q)).sum(dim=-1)
-
-
-# Classification and regression ---------------------------------------------------------------------------------------
+__all__ = [
+    "TASKS",
+    "Evaluation",
+    "Sample",
+    "edit_distance",
+    "encode",
+    "encode_targets",
+    "encode_text",
+    "extra_metric",
+    "generate",
+    "load_model",
+    "load_tokenizer",
+    "measure_classification",
+    "measure_perplexity",
+    "measure_regression",
+    "measure_text2text",
+    "perplexity",
+]
 
 
 def measure_classification(
@@ -87,7 +62,7 @@ def measure_classification(
 
     Args:
         model (`PreTrainedModel`): a sequence classifier.
-        samples (`Sequence[Sample]`): see `samples.encode`.
+        samples (`Sequence[Sample]`): see `measuring.encode`.
         labels (`Sequence[int]`, *optional*): a class a sample; without them only the comparison is measured.
         reference (`PreTrainedModel`, *optional*): the float model, with the same classes and tokens.
         batch_size (`int`): samples run together.
@@ -179,9 +154,6 @@ def _correlations(labels: Sequence[float], values: np.ndarray) -> dict[str, floa
     }
 
 
-# Any other metric ----------------------------------------------------------------------------------------------------
-
-
 def extra_metric(name: str, predictions: Sequence[Any], references: Sequence[Any]) -> dict[str, float]:
     """Any metric of the `evaluate` library, by its id on the Hub or the path of its script.
 
@@ -196,7 +168,5 @@ def extra_metric(name: str, predictions: Sequence[Any], references: Sequence[Any
     try:
         metric = evaluate.load(name)
     except (FileNotFoundError, ConnectionError) as error:
-        raise ValueError(
-            f"metric={name!r} was not found; without a network give the path of a metric script"
-        ) from error
+        raise ValueError(f"metric={name!r} was not found; without a network give the path of a metric script") from error
     return {key: float(v) for key, v in metric.compute(predictions=predictions, references=references).items()}

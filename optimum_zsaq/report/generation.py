@@ -10,8 +10,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
-from .evaluation import Evaluation, kl, measuring, same_width
-from .samples import Sample, batches
+from .measuring import Evaluation, Sample, batches, kl, measuring, same_width
 
 
 @dataclass
@@ -24,6 +23,10 @@ class _TokenCounts:
     kl: np.ndarray
     equal: np.ndarray
 
+    def loss(self) -> float:
+        """Nats a token."""
+        return float(self.nats.sum() / self.tokens.sum())
+
 
 def _count_tokens(
     models: list[PreTrainedModel],
@@ -31,13 +34,12 @@ def _count_tokens(
     targets: Sequence[Sequence[int]],
     batch_size: int,
     title: str,
-) -> tuple[list[_TokenCounts], list[list[int]]]:
-    """Teacher-forced predictions of `targets`, for each model; the i-th output predicts the i-th target.
+) -> list[_TokenCounts]:
+    """Each model's counts of the teacher-forced predictions of `targets`, "kl" and "equal" against the last model.
 
-    Returns each model's counts, "kl" and "equal" against the last model, and the first model's predicted tokens.
+    The i-th output of a sample predicts its i-th target.
     """
     counts = [_TokenCounts(*np.zeros((5, len(samples)))) for _ in models]
-    predictions: list[list[int]] = [[] for _ in samples]
     for places, batch in batches(models[0], samples, batch_size, title):
         outputs = [model(**batch).logits for model in models]
         same_width(outputs)
@@ -45,14 +47,13 @@ def _count_tokens(
             target = torch.tensor(targets[place], device=outputs[0].device)
             logits = [output[row, : len(target)].float() for output in outputs]
             predicted = [part.argmax(dim=-1) for part in logits]
-            predictions[place] = predicted[0].tolist()
             for found, part, tokens in zip(counts, logits, predicted, strict=True):
                 found.tokens[place] = len(target)
                 found.nats[place] = cross_entropy(part, target, reduction="sum").item()
                 found.wrong[place] = (tokens != target).sum().item()
                 found.kl[place] = kl(logits[-1], part).sum().item() if len(models) > 1 else 0.0
                 found.equal[place] = (tokens == predicted[-1]).sum().item()
-    return counts, predictions
+    return counts
 
 
 def _compare_tokens(counts: list[_TokenCounts]) -> dict[str, float]:
@@ -73,7 +74,7 @@ def measure_perplexity(
 
     Args:
         model (`PreTrainedModel`): a causal language model.
-        tokens (`Sequence[int]`): the text, see `samples.encode_text`.
+        tokens (`Sequence[int]`): the text, see `measuring.encode_text`.
         window (`int`): tokens a window; the last one may be shorter.
         reference (`PreTrainedModel`, *optional*): the float model, with the same tokens.
         batch_size (`int`): windows run together.
@@ -90,11 +91,11 @@ def measure_perplexity(
     samples = [{"input_ids": list(tokens[start : start + window])} for start in starts]
     with measuring(samples, model, reference) as models:
         targets = [sample["input_ids"][1:] for sample in samples]
-        counts, _ = _count_tokens(models, samples, targets, batch_size, "measuring text-generation")
+        counts = _count_tokens(models, samples, targets, batch_size, "measuring text-generation")
     figures = []
     for found in counts:
-        loss, right = found.nats.sum() / found.tokens.sum(), 1.0 - found.wrong.sum() / found.tokens.sum()
-        figures.append({"perplexity": math.exp(min(loss, 700.0)), "loss": float(loss), "token_accuracy": float(right)})
+        loss, accuracy = found.loss(), float(1.0 - found.wrong.sum() / found.tokens.sum())
+        figures.append({"perplexity": math.exp(min(loss, 700.0)), "loss": loss, "token_accuracy": accuracy})
     return Evaluation(
         figures[0],
         counts[0].nats / counts[0].tokens,
@@ -102,6 +103,11 @@ def measure_perplexity(
         reference_metrics=figures[1] if reference is not None else {},
         comparison=_compare_tokens(counts),
     )
+
+
+def perplexity(model: PreTrainedModel, tokens: Sequence[int], window: int = 256) -> float:
+    """Perplexity alone, see `measure_perplexity`."""
+    return measure_perplexity(model, tokens, window).metrics["perplexity"]
 
 
 def measure_text2text(
@@ -120,7 +126,7 @@ def measure_text2text(
 
     Args:
         model (`PreTrainedModel`): an encoder-decoder model.
-        samples (`Sequence[Sample]`): what it reads, see `samples.encode`.
+        samples (`Sequence[Sample]`): what it reads, see `measuring.encode`.
         targets (`Sequence[Sequence[int]]`): what it shall write, with the token that ends it.
         reference (`PreTrainedModel`, *optional*): the float model, with the same tokens.
         batch_size (`int`): samples run together.
@@ -130,27 +136,21 @@ def measure_text2text(
         ValueError: no samples; not one target a sample; an empty target.
     """
     if len(targets) != len(samples) or not all(targets):
-        raise ValueError(
-            f"{len(samples)} samples have {sum(map(bool, targets))} targets; give one, not empty, a sample"
-        )
+        raise ValueError(f"{len(samples)} samples have {sum(map(bool, targets))} targets; give one, not empty, a sample")
     start = _first_token(model)
     forced = [{**s, "decoder_input_ids": [start, *t[:-1]]} for s, t in zip(samples, targets, strict=True)]
     with measuring(samples, model, reference) as models:
-        counts, _ = _count_tokens(models, forced, targets, batch_size, "measuring text2text-generation")
-        figures = [
-            {"exact_match": float((c.wrong == 0).mean()), "loss": c.nats.sum() / c.tokens.sum()} for c in counts
-        ]
-        found = Evaluation(figures[0], (counts[0].wrong == 0).astype(np.float64), tokens=int(counts[0].tokens.sum()))
-        found.comparison = _compare_tokens(counts)
-        if decode is not None:
+        counts = _count_tokens(models, forced, targets, batch_size, "measuring text2text-generation")
+    figures = [{"exact_match": float((c.wrong == 0).mean()), "loss": float(c.nats.sum() / c.tokens.sum())} for c in counts]
+    found = Evaluation(figures[0], (counts[0].wrong == 0).astype(np.float64), tokens=int(counts[0].tokens.sum()))
+    found.comparison = _compare_tokens(counts)
+    if decode is not None:
+        for each, figure in reversed(list(zip(models, figures, strict=True))):
+            written = generate(each, samples, 2 * max(map(len, targets)), batch_size)
             wanted = [decode(list(target)) for target in targets]
-            length = 2 * max(map(len, targets))
-            for each, figure in reversed(list(zip(models, figures, strict=True))):
-                found.predictions = [decode(ids) for ids in generate(each, samples, length, batch_size)]
-                found.scores = np.array(
-                    [edit_distance(*p) for p in zip(found.predictions, wanted, strict=True)], float
-                )
-                figure["error_rate"] = float(found.scores.sum() / max(1, sum(map(len, wanted))))
+            found.predictions = [decode(ids) for ids in written]
+            found.scores = np.array([edit_distance(*p) for p in zip(found.predictions, wanted, strict=True)], float)
+            figure["error_rate"] = float(found.scores.sum() / max(1, sum(map(len, wanted))))
     found.reference_metrics = figures[1] if reference is not None else {}
     return found
 
@@ -171,7 +171,8 @@ def generate(model: PreTrainedModel, samples: Sequence[Sample], length: int, bat
     written: list[list[int]] = [[] for _ in samples]
     with measuring(samples, model):
         start = _first_token(model)
-        dropped = {start, model.generation_config.eos_token_id, model.config.pad_token_id}
+        end = model.generation_config.eos_token_id
+        dropped = {start, model.config.pad_token_id, *(end if isinstance(end, list) else [end])}
         for places, batch in batches(model, samples, batch_size, "generating text"):
             rows = model.generate(**batch, max_new_tokens=length, do_sample=False, num_beams=1).tolist()
             for place, row in zip(places, rows, strict=True):

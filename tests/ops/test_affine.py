@@ -165,7 +165,9 @@ def test_slices(granularity, columns):
     expanded = expand_slices(means, columns, spec).expand(2, columns)
     for i in range(2):
         for j in range(columns):
-            members = [x[k, m] for k in range(2) for m in range(columns) if slice_index(k, m, spec) == slice_index(i, j, spec)]
+            members = [
+                x[k, m] for k in range(2) for m in range(columns) if slice_index(k, m, spec) == slice_index(i, j, spec)
+            ]
             assert relative_error(expanded[i, j], torch.stack(members).mean()) < FORMULA
     assert means.shape == spec.scale_shape(2, columns)
 

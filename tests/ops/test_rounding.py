@@ -5,9 +5,7 @@ from optimum_zsaq.ops import round_ste
 from optimum_zsaq.ops.rounding import replace_value
 
 
-@pytest.mark.parametrize(
-    ("dtype", "count"), [(torch.bfloat16, 65280), (torch.float16, 63488)], ids=["bfloat16", "float16"]
-)
+@pytest.mark.parametrize(("dtype", "count"), [(torch.bfloat16, 65280), (torch.float16, 63488)], ids=["bfloat16", "float16"])
 def test_every_half_precision_value_rounds_exactly(dtype, count, device):
     values = torch.arange(2**16, dtype=torch.int32, device=device).to(torch.int16).view(dtype)
     values = values[torch.isfinite(values)]
@@ -42,6 +40,6 @@ def test_replaced_value_is_exact_and_keeps_the_gradient(device):
     value = torch.tensor([1e-20, 0.3, -7.0, 5.0], device=device, requires_grad=True)
     replaced = replace_value(x, value)
     assert torch.equal(replaced, value)
-    gradient, = torch.autograd.grad(replaced.sum(), x, retain_graph=True)
+    (gradient,) = torch.autograd.grad(replaced.sum(), x, retain_graph=True)
     assert gradient.tolist() == [1, 1, 1, 0]  # nothing follows an infinite input
     assert torch.autograd.grad(replaced.sum(), value, allow_unused=True) == (None,)

@@ -61,7 +61,7 @@ def test_inspection_agrees_with_the_loaded_model(saved):
 
 def test_inspection_of_shards(saved, tmp_path):
     _, packed, folder = saved
-    packed.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
+    packed.save_pretrained(tmp_path / "shards", max_shard_size="8KB")
     one, many = inspect_checkpoint(str(folder)), inspect_checkpoint(str(tmp_path / "shards"))
     assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
     assert {k: v for k, v in one["bytes"].items() if k in ("codes", "scales", "float")} == {

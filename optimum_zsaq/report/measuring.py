@@ -1,4 +1,4 @@
-"""What a measurement starts from: a model that fits its task, its tokenizer, and samples in padded batches.
+"""What all measurements share: a model that fits its task, its tokenizer, samples in padded batches, and the result.
 
 A sample is a dict of token ids, so that models without a tokenizer can be measured too. Never loads a model whose
 weights the checkpoint lacks; does not read data files (`commands/evaluate.py` does).
@@ -6,30 +6,46 @@ weights the checkpoint lacks; does not read data files (`commands/evaluate.py` d
 
 import inspect
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import tqdm
 
+from ..integrations.tasks import load_config, model_class
 
-TASKS = {
-    "text-classification": AutoModelForSequenceClassification,
-    "text-regression": AutoModelForSequenceClassification,
-    "text-generation": AutoModelForCausalLM,
-    "text2text-generation": AutoModelForSeq2SeqLM,
-}
+
+TASKS = ("text-classification", "text-regression", "text-generation", "text2text-generation")
 Sample = dict[str, list[int]]
+
+
+@dataclass
+class Evaluation:
+    """What was measured of a model.
+
+    Args:
+        metrics (`dict[str, float]`): the task's metrics of the model.
+        scores (`np.ndarray`): (n,) float64, one a sample: 1 right or 0 wrong (classification, and text2text without
+            `decode`), squared error (regression), nats a token (a window of a text), edits (text2text with `decode`).
+        predictions (`list`): each sample's class, value or generated sequence.
+        tokens (`int`, *optional*): how many tokens were predicted.
+        reference_metrics (`dict[str, float]`): the same metrics of the reference model.
+        comparison (`dict[str, float]`): model against reference: "kl", mean KL(reference || model) in nats, and
+            "agreement", the share of equal predictions, over samples or predicted tokens; for regression
+            "mean_difference", the mean absolute difference of the values.
+    """
+
+    metrics: dict[str, float] = field(default_factory=dict)
+    scores: np.ndarray = field(default_factory=lambda: np.empty(0))
+    predictions: list[Any] = field(default_factory=list)
+    tokens: int | None = None
+    reference_metrics: dict[str, float] = field(default_factory=dict)
+    comparison: dict[str, float] = field(default_factory=dict)
 
 
 # Loading -------------------------------------------------------------------------------------------------------------
@@ -39,43 +55,27 @@ def load_model(path: str | Path, task: str) -> PreTrainedModel:
     """A model for a task, float or low-bit; a float16 checkpoint is loaded as float32 (CPUs are slow at float16).
 
     Raises:
-        ValueError: an unknown task; a model that is not one of this task, or whose checkpoint lacks weights of it.
-        FileNotFoundError: a folder without config.json, or no folder at all.
+        ValueError: an unknown task; no model there; one of another task, or whose checkpoint lacks weights of this one.
     """
     if task not in TASKS:
-        raise ValueError(f"task={task!r} is unknown; use one of {sorted(TASKS)}")
-    folder = Path(path)
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        raise FileNotFoundError(
-            f"{path} is no model folder: it has no config.json; give one that save_pretrained wrote"
-        )
-    if not folder.exists() and str(path).count("/") != 1:
-        raise FileNotFoundError(
-            f"there is no model folder {path}; give a folder that save_pretrained wrote, or a Hub id"
-        )
-    config = AutoConfig.from_pretrained(path)
-    if type(config) not in TASKS[task]._model_mapping:
+        raise ValueError(f"task={task!r} cannot be measured; use one of {TASKS}")
+    config = load_config(str(path))
+    cls = model_class(config, task)
+    if type(config) not in cls._model_mapping:
         raise ValueError(f"{path} is a {config.model_type} model, which cannot do {task}; {_hint(config)}")
     dtype = torch.float32 if config.dtype == torch.float16 else "auto"
-    model, info = TASKS[task].from_pretrained(path, dtype=dtype, output_loading_info=True)
+    model, info = cls.from_pretrained(path, dtype=dtype, output_loading_info=True)
     if info["missing_keys"]:
-        raise ValueError(
-            f"{path} has no weights for {task}: it lacks {sorted(info['missing_keys'])[:3]}; {_hint(config)}"
-        )
-    _check_outputs(path, task, model)
+        raise ValueError(f"{path} has no weights for {task}: it lacks {sorted(info['missing_keys'])[:3]}; {_hint(config)}")
+    outputs, sentences = model.config.num_labels, task in ("text-classification", "text-regression")
+    if sentences and (task == "text-regression") != (outputs == 1):
+        other = "text-classification" if task == "text-regression" else "text-regression"
+        raise ValueError(f"{path} has {outputs} output(s), so it does not do {task}; use task {other}")
     return model
 
 
 def _hint(config: Any) -> str:
     return f"use the task that it was trained for (it was saved as {', '.join(config.architectures or ['?'])})"
-
-
-def _check_outputs(path: str | Path, task: str, model: PreTrainedModel) -> None:
-    if task in ("text-classification", "text-regression") and (task == "text-regression") != (
-        model.config.num_labels == 1
-    ):
-        other = "text-classification" if task == "text-regression" else "text-regression"
-        raise ValueError(f"{path} has {model.config.num_labels} output(s), which is not {task}; use --task {other}")
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
@@ -148,3 +148,33 @@ def batches(
         padding = {"input_ids": model.config.pad_token_id or 0}
         names = [name for name in masked[0] if name in accepted or "input_ids" not in accepted]
         yield places, {n: pad([s[n] for s in masked], padding.get(n, 0)).to(model.device) for n in names}
+
+
+@contextmanager
+def measuring(samples: Sequence[Any], *models: PreTrainedModel | None) -> Iterator[list[PreTrainedModel]]:
+    """The models that are there, without dropout and gradients for as long as the context lasts."""
+    if not len(samples):
+        raise ValueError("there is nothing to measure on; give at least one sample")
+    present = [model for model in models if model is not None]
+    training = [model.training for model in present]
+    try:
+        with torch.inference_mode():
+            yield [model.eval() for model in present]
+    finally:
+        for model, was in zip(present, training, strict=True):
+            model.train(was)
+
+
+def same_width(logits: Sequence[Tensor]) -> None:
+    """Raise a ValueError unless a model and its reference have as many outputs."""
+    widths = [part.shape[-1] for part in logits]
+    if len(set(widths)) > 1:
+        raise ValueError(
+            f"the model has {widths[0]} outputs and the reference {widths[1]}; give the float model it was made from"
+        )
+
+
+def kl(reference: Tensor, logits: Tensor) -> Tensor:
+    """KL(reference || model) in nats: (..., C), (..., C) -> (...)."""
+    log_p, log_q = reference.log_softmax(dim=-1), logits.log_softmax(dim=-1)
+    return (log_p.exp() * (log_p - log_q)).sum(dim=-1)
