@@ -161,7 +161,7 @@ def test_lower_floors_name_no_architecture(path):
 @pytest.mark.parametrize("path", FILES, ids=file_id)
 class TestEveryFile:
     def test_forbidden_names(self, path):
-        """`qweight` is taken for the weight by PEFT; the others say nothing. Names of other libraries' modules may occur."""
+        """`qweight` is taken for the weight by PEFT; the others say nothing. Imports may name other libraries' modules."""
         tree = parse(path)
         for node in ast.walk(tree):
             if isinstance(node, ast.ImportFrom | ast.Import):

@@ -1,9 +1,9 @@
-"""What data-free quantization (`PreQuantConfig`) costs four real models: a sentence classifier, two language models and a
-spelling-to-phonemes model. Every low-bit model is saved, loaded again with plain `from_pretrained`, and that one is measured.
+"""What data-free quantization (`PreQuantConfig`) costs four real models.
 
-The data folder holds `models/minilm-sst2`, `models/wikitext-opt`, `models/stories260K`, `models/bart-g2p-en-us`,
-`glue/SST-2/{dev,test,tuning}.tsv`, `wikitext-2/test.txt` and `tinystories/tinystories_valid_sample_30k.txt`. Nothing is tuned
-here: dev and test are measured once, `tuning.tsv` calibrates static input ranges.
+A sentence classifier, two language models and a spelling-to-phonemes model. Every low-bit model is saved, loaded again
+with plain `from_pretrained`, and that one is measured. Nothing is tuned here: dev and test are measured once, `tuning.tsv`
+calibrates static input ranges. The data folder holds `models/{minilm-sst2,wikitext-opt,stories260K,bart-g2p-en-us}`,
+`glue/SST-2/{dev,test,tuning}.tsv`, `wikitext-2/test.txt` and `tinystories/tinystories_valid_sample_30k.txt`.
 """
 
 import json
@@ -11,27 +11,18 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import torch
-from bootstrap import from_bitmap, to_bitmap
-from prequant_tables import all_tables
+from bootstrap import to_bitmap
+from prequant_tables import BITS, all_tables
 from runner import Cell
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
-
-from optimum_zsaq import PreQuantConfig
-from optimum_zsaq.integrations.data import read_file
-from optimum_zsaq.report import evaluation as ev
 
 
-__all__ = ["cells", "from_bitmap", "run_cell", "tables"]
-
-BITS = (8, 4, 3, 2)
 OUTLIERS = 0.005
 CALIBRATION = "glue/SST-2/tuning.tsv"
 MODELS = {
-    "sst2": ("models/minilm-sst2", AutoModelForSequenceClassification),
-    "wikitext": ("models/wikitext-opt", AutoModelForCausalLM),
-    "stories": ("models/stories260K", AutoModelForCausalLM),
-    "g2p": ("models/bart-g2p-en-us", AutoModelForSeq2SeqLM),
+    "sst2": ("models/minilm-sst2", "AutoModelForSequenceClassification"),
+    "wikitext": ("models/wikitext-opt", "AutoModelForCausalLM"),
+    "stories": ("models/stories260K", "AutoModelForCausalLM"),
+    "g2p": ("models/bart-g2p-en-us", "AutoModelForSeq2SeqLM"),
 }
 TEXTS = {
     "wikitext": ("wikitext-2/test.txt", 40_000),
@@ -73,7 +64,13 @@ def cells() -> list[Cell]:
 
 def run_cell(cell: Cell, data: Path) -> dict[str, Any]:
     """Quantize, save, reload and measure; the float model is measured as it is, in float32."""
-    path, model_class = MODELS[cell.task]
+    import torch
+    import transformers
+
+    from optimum_zsaq import PreQuantConfig
+
+    path, class_name = MODELS[cell.task]
+    model_class = getattr(transformers, class_name)
     reference = model_class.from_pretrained(data / path, dtype=torch.float32).eval()
     if cell.method == "float":
         return {**_MEASURES[cell.task](reference, None, data), **_file_size(data / path)}
@@ -94,6 +91,8 @@ def _file_size(folder: Path) -> dict[str, int]:
 
 def _equal(model: Any, reloaded: Any) -> bool:
     """Whether two models give bit-equal outputs on a few tokens."""
+    import torch
+
     inputs = {"input_ids": torch.arange(4, 36).view(2, 16)}
     if model.config.is_encoder_decoder:
         inputs["decoder_input_ids"] = inputs["input_ids"]
@@ -102,6 +101,9 @@ def _equal(model: Any, reloaded: Any) -> bool:
 
 
 def _measure_sentences(model: Any, reference: Any, data: Path) -> dict[str, Any]:
+    from optimum_zsaq.integrations.data import read_file
+    from optimum_zsaq.report import evaluation as ev
+
     tokenizer = ev.load_tokenizer(data / MODELS["sst2"][0])
     dev, test = (read_file(data / "glue/SST-2" / name) for name in ("dev.tsv", "test.tsv"))
     found = ev.measure_classification(model, ev.encode(tokenizer, dev["sentence"]), dev["label"])
@@ -113,6 +115,9 @@ def _measure_sentences(model: Any, reference: Any, data: Path) -> dict[str, Any]
 
 
 def _measure_text(task: str, model: Any, reference: Any, data: Path) -> dict[str, Any]:
+    from optimum_zsaq.integrations.data import read_file
+    from optimum_zsaq.report import evaluation as ev
+
     file, limit = TEXTS[task]
     text = "\n".join(read_file(data / file)["text"])
     tokens = ev.encode_text(ev.load_tokenizer(data / MODELS[task][0]), text, limit)
@@ -122,6 +127,8 @@ def _measure_text(task: str, model: Any, reference: Any, data: Path) -> dict[str
 
 
 def _measure_phonemes(model: Any, reference: Any, data: Path) -> dict[str, Any]:
+    from optimum_zsaq.report import evaluation as ev
+
     folder = data / MODELS["g2p"][0]
     letters = json.loads((folder / "source_config.json").read_text(encoding="utf-8"))
     graphemes, phonemes = letters["grapheme_chars"], letters["phoneme_chars"]

@@ -18,11 +18,17 @@ import subprocess
 import time
 import traceback
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from importlib import metadata
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
+
+
+# What a worker sets before torch and transformers are imported, which read it then.
+_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
 
 
 @dataclass(frozen=True)
@@ -82,22 +88,13 @@ def append_result(path: Path, row: dict[str, Any]) -> None:
 
 
 def circumstances() -> dict[str, Any]:
-    """What a figure may depend on: machine, threads, versions and commit."""
-    import torch
-    import transformers
-
-    import optimum_zsaq
-
+    """What a figure may depend on: machine, threads, versions and commit; asked when a worker has loaded its code."""
+    packages = ("torch", "transformers", "optimum-zsaq")
+    versions = {name.replace("-", "_"): metadata.version(name) for name in packages}
     return {
-        "machine": {"cpu": _cpu_model(), "threads": torch.get_num_threads()},
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "optimum_zsaq": optimum_zsaq.__version__,
-        },
+        "machine": {"cpu": _cpu_model(), "threads": int(os.environ["OMP_NUM_THREADS"])},
+        "versions": {"python": platform.python_version(), **versions},
         "commit": _commit(),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
 
@@ -128,25 +125,25 @@ def _commit() -> str | None:
 
 
 def _work(study: str, data: Path, pipe: Connection) -> None:
-    """A worker: gets cells, sends (row, None) or (None, traceback) back, ends at None. Ctrl-C is the parent's business."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    import torch
-    from transformers.utils import logging as transformers_logging
-
-    torch.set_num_threads(1)
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
+    """A worker: gets cells, sends (row, None) or (None, traceback) back; ends at None, or when the parent is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
+    os.environ.update(_ENVIRONMENT)
     logging.getLogger("optimum_zsaq").setLevel(logging.ERROR)
-    module = importlib.import_module(study)
-    while (cell := pipe.recv()) is not None:
-        start = time.perf_counter()
-        try:
-            figures = module.run_cell(cell, data)
-            names = {"cell": cell.id, "task": cell.task, "method": cell.method, "scheme": cell.scheme, "seed": cell.seed}
-            seconds = round(time.perf_counter() - start, 1)
-            pipe.send(({**names, **figures, "seconds": seconds, **circumstances()}, None))
-        except Exception:  # whatever a cell does, the others go on
-            pipe.send((None, traceback.format_exc()))
+    module, around = importlib.import_module(study), circumstances()
+    with suppress(EOFError, BrokenPipeError):
+        while (cell := pipe.recv()) is not None:
+            pipe.send(_run(module, cell, data, around))
+
+
+def _run(module: Any, cell: Cell, data: Path, around: dict[str, Any]) -> tuple[dict[str, Any] | None, str | None]:
+    start = time.perf_counter()
+    try:
+        figures = module.run_cell(cell, data)
+    except Exception:  # whatever a cell does, the others go on
+        return None, traceback.format_exc()
+    names = {"cell": cell.id, "task": cell.task, "method": cell.method, "scheme": cell.scheme, "seed": cell.seed}
+    ended = {"seconds": round(time.perf_counter() - start, 1), "date": datetime.now(UTC).isoformat(timespec="seconds")}
+    return {**names, **figures, **around, **ended}, None
 
 
 class _Worker:
@@ -175,7 +172,6 @@ class _Worker:
 
 def _finished(study: str, data: Path, cells: list[Cell], workers: int) -> Iterator[tuple[Cell, dict | None, str | None]]:
     """Run cells side by side; yields (cell, row, error) as each ends."""
-    os.environ["OMP_NUM_THREADS"] = "1"  # inherited by the workers, read when they import torch
     waiting = list(reversed(cells))
     pool = [_Worker(study, data) for _ in range(min(workers, len(cells)))]
     try:

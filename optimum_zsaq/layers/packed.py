@@ -88,9 +88,9 @@ class _Packed(LowBitLayer):
             return codes
         kept = self._unpacked
         state = (codes.data_ptr(), 0 if codes.is_inference() else codes._version)
-        if kept is None or kept[0] != state:
-            kept = self._unpacked = (state, unpack_codes(codes, self.spec.weight.bits, self.columns))
-        return kept[1]
+        if kept is None or kept[0] is not codes or kept[1] != state:
+            kept = self._unpacked = (codes, state, unpack_codes(codes, self.spec.weight.bits, self.columns))
+        return kept[2]
 
     def quantized_weight(self) -> Tensor:
         """The dense weight that the codes (and outliers) stand for. Shapes: (O, I) float32."""

@@ -143,6 +143,13 @@ def test_padded_positions_are_seen_like_any_other():
     assert model.linear.input_scale.item() == pytest.approx((50 - x.min().item()) / 255)
 
 
+def test_an_empty_input_shows_nothing():
+    """As that of an expert that got no token of a batch."""
+    with_empty, without = static_net(), static_net()
+    calibrate(with_empty, [*batches(), {"x": torch.zeros(0, 13)}])
+    assert_same_state(with_empty.state_dict(), calibrate(without, batches()).state_dict())
+
+
 class TestErrors:
     def test_dynamic_model(self):
         model = prepare(Net(), QuantScheme(QuantSpec(4), activations=DYNAMIC), "minmax")
@@ -242,10 +249,15 @@ def test_float_inputs(inputs, state):
     plain = nn.functional.linear(x, layer.quantized_weight(), layer.bias)
     quantized = model(x)
     assert not torch.equal(quantized, plain)
-    with pytest.raises(RuntimeError, match="inside"), float_inputs(model) as same:
-        assert same is model
-        assert torch.equal(model(x), plain)
-        raise RuntimeError("inside")
+
+    def fail() -> None:
+        with float_inputs(model) as same:
+            assert same is model
+            assert torch.equal(model(x), plain)
+            raise RuntimeError("inside")
+
+    with pytest.raises(RuntimeError, match="inside"):
+        fail()
     assert torch.equal(model(x), quantized)
     assert layer.spec.inputs == inputs
     if inputs is DYNAMIC:

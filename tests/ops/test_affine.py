@@ -118,12 +118,12 @@ class TestUniformCodes:
 @pytest.mark.parametrize("spec", weight_specs(bits=(), ternary=True), ids=spec_id)
 class TestTernary:
     def test_threshold_and_codes_by_hand(self, spec):
-        """Slices (a tensor, a row, a group) of (0.1, -0.5, 0.6, 1.0, -2.8): the mean magnitude is 1.0, the threshold 0.7."""
-        weight = torch.tensor([[0.1, -0.5, 0.6, 1.0, -2.8]])
-        assert ternary_levels(weight, spec).tolist() == [[0, 0, 0, 1, -1]]
-        scale = torch.tensor([[1.9]])
-        assert quantize(weight, scale, None, spec).tolist() == [[2, 2, 2, 3, 1]]
-        assert torch.equal(fake_quantize(weight, scale, None, spec), torch.tensor([[0, 0, 0, 1.9, -1.9]]))
+        """Slices (a tensor, a row, a group) of (0.69, -0.71, 0.6, 0.2, -2.8): mean magnitude 1.0, threshold 0.7."""
+        weight = torch.tensor([[0.69, -0.71, 0.6, 0.2, -2.8]])
+        assert ternary_levels(weight, spec).tolist() == [[0, -1, 0, 0, -1]]
+        scale = torch.tensor([[1.75]])
+        assert quantize(weight, scale, None, spec).tolist() == [[2, 1, 2, 2, 1]]
+        assert fake_quantize(weight, scale, None, spec).tolist() == [[0, -1.75, 0, 0, -1.75]]
 
     def test_codes_depend_on_the_own_slice_only(self, spec):
         weight = torch.tensor([[0.1, -0.5, 0.6, 1.0, -2.8, 30.0, 1.0], [1.0] * 7])

@@ -57,6 +57,13 @@ class TestEveryWidth:
 
 @pytest.mark.parametrize("bits", BITS)
 class TestRows:
+    def test_packed_codes_have_their_own_memory(self, bits):
+        codes = random_codes(4, 13, bits)
+        packed = pack_codes(codes, bits)
+        before = packed.clone()
+        codes.zero_()
+        assert torch.equal(packed, before)
+
     def test_a_row_is_packed_on_its_own(self, bits):
         codes = random_codes(4, 13, bits)
         packed = pack_codes(codes, bits)
