@@ -138,6 +138,8 @@ class QuantScheme:
     outliers: float = 0.0
 
     def __post_init__(self):
+        if isinstance(self.skip, str):
+            raise TypeError(f"skip={self.skip!r} is a string; use a tuple of strings")
         self.linear, self.embedding  # noqa: B018 -- building the rows validates them
 
     @property

@@ -1,143 +1,21 @@
 """Moving a model through its states, in place: float -> fake-quantized (`prepare`) -> packed (`pack`) -> float (`unpack`).
 
-Does not know any library's models. What it must know of a model beyond its modules (which tables are read by token ids,
-which layers share a weight, which are heads) comes from a reader that `integrations/` registers; a plain `nn.Module` is
-read by `ModelReader` itself.
+Does not know any library's models or layer types; what it must know of them is registered in `kinds.py`.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
 
-from .layers import (
-    FakeQuantEmbedding,
-    FakeQuantLinear,
-    FakeQuantTransposedLinear,
-    LowBitLayer,
-    PackedEmbedding,
-    PackedLinear,
-    PackedTransposedLinear,
-)
+from .kinds import ModelFacts, kind_of, reader_of
+from .layers import LowBitLayer, PackedEmbedding, PackedLinear
 from .layers.packed import RUNTIMES, packed_tensors
 from .ops import RANGES
 from .spec import LayerSpec, QuantScheme
-
-
-@dataclass(frozen=True)
-class LayerKind:
-    """A float layer type that can be quantized.
-
-    Args:
-        fake, packed (`type`): the layer types of the two other states.
-        build (`Callable`): (low-bit layer, weight (O, I)) -> float layer, its weight a new Parameter.
-        table (`bool`): read by token ids; False: computes a matmul.
-    """
-
-    fake: type
-    packed: type
-    build: Callable[[LowBitLayer, Tensor], nn.Module]
-    table: bool = False
-
-
-@dataclass(frozen=True)
-class ModelFacts:
-    """What `select` must know of a model; all names are those of `model.named_modules()`.
-
-    Args:
-        tables (`frozenset[str]`): the embeddings that are read by token ids.
-        tied (`Mapping[str, str]`): layer -> the layer whose weight it shares.
-        heads (`frozenset[str]`): layers outside the pre-trained body, which stay float.
-    """
-
-    tables: frozenset[str] = frozenset()
-    tied: Mapping[str, str] = field(default_factory=dict)
-    heads: frozenset[str] = frozenset()
-
-
-class ModelReader:
-    """Reads a plain module: every `nn.Embedding` is a table, equal Parameters are tied, nothing is a head."""
-
-    def reads(self, model: nn.Module) -> bool:
-        """Whether this reader knows models of this type."""
-        return True
-
-    def facts(self, model: nn.Module) -> ModelFacts:
-        """What `select` must know of the model."""
-        tables, tied, first = set(), {}, {}
-        for name, module in model.named_modules():
-            if type(module) not in KINDS and not isinstance(module, LowBitLayer):
-                continue
-            if isinstance(module, nn.Embedding):
-                tables.add(name)
-            owner = first.setdefault(id(module.weight), name)
-            if owner != name:
-                tied[name] = owner
-        return ModelFacts(frozenset(tables), tied)
-
-    def changed(self, model: nn.Module) -> None:
-        """Called after `prepare`, `pack` or `unpack` changed the model."""
-
-
-def _float_linear(layer: LowBitLayer, weight: Tensor) -> nn.Module:
-    linear = nn.utils.skip_init(nn.Linear, layer.in_features, layer.out_features, layer.bias is not None, device="meta")
-    linear.weight, linear.bias = nn.Parameter(weight), layer.bias
-    return linear
-
-
-def _float_embedding(layer: LowBitLayer, weight: Tensor) -> nn.Module:
-    return nn.Embedding(*weight.shape, padding_idx=layer.padding_idx, _weight=weight, _freeze=False)
-
-
-KINDS: dict[type, LayerKind] = {
-    nn.Linear: LayerKind(FakeQuantLinear, PackedLinear, _float_linear),
-    nn.Embedding: LayerKind(FakeQuantEmbedding, PackedEmbedding, _float_embedding, table=True),
-}
-_READERS: list[ModelReader] = [ModelReader()]
-
-
-def register_reader(reader: ModelReader) -> None:
-    """Ask `reader` about a model before those registered earlier."""
-    _READERS.insert(0, reader)
-
-
-def register_transposed(float_type: type, build: Callable[[LowBitLayer, Tensor], nn.Module]) -> None:
-    """Make a layer type quantizable that computes x @ W + b with W (I, O); `build` gets the weight as (O, I)."""
-    KINDS[float_type] = LayerKind(FakeQuantTransposedLinear, PackedTransposedLinear, build)
-
-
-def register_embedding(float_type: type) -> None:
-    """Make an Embedding subclass quantizable that keeps its own forward, which must call `super().forward(ids)`."""
-    if float_type in KINDS:
-        return
-    fake, packed = (
-        type(base.__name__ + float_type.__name__, (float_type, base), {"__init__": base.__init__, "__module__": __name__})
-        for base in (FakeQuantEmbedding, PackedEmbedding)
-    )
-    globals().update({fake.__name__: fake, packed.__name__: packed})  # so that pickle finds them
-
-    def build(layer: LowBitLayer, weight: Tensor) -> nn.Module:
-        table = float_type.__new__(float_type)
-        nn.Embedding.__init__(table, *weight.shape, padding_idx=layer.padding_idx, _weight=weight, _freeze=False)
-        return table
-
-    KINDS[float_type] = LayerKind(fake, packed, build, table=True)
-
-
-def reader_of(model: nn.Module) -> ModelReader:
-    """The reader that knows this model."""
-    return next(reader for reader in _READERS if reader.reads(model))
-
-
-def kind_of(layer: nn.Module) -> LayerKind | None:
-    """The kind of a layer in whichever state, None if it cannot be quantized."""
-    if isinstance(layer, LowBitLayer) and layer.float_type is not None:
-        return KINDS[layer.float_type]
-    kind = KINDS.get(type(layer))
-    return kind or next((k for k in KINDS.values() if type(layer) in (k.fake, k.packed)), None)
 
 
 def matches(name: str, pattern: str) -> bool:
@@ -359,7 +237,9 @@ def swap(
 
 
 def _carry_over(old: nn.Module, new: nn.Module) -> nn.Module:
-    """Give the new layer what a subclass or a user added to the old one: buffers, plain attributes, training mode."""
+    """Give the new layer what was added to the old one: hooks, buffers, plain attributes, training mode."""
+    for hooks in _HOOKS:
+        getattr(new, hooks).update(getattr(old, hooks))
     for name, buffer in old._buffers.items():
         new.register_buffer(name, buffer, persistent=name not in old._non_persistent_buffers_set)
     for name, value in vars(old).items():
@@ -368,6 +248,8 @@ def _carry_over(old: nn.Module, new: nn.Module) -> nn.Module:
     return new.train(old.training)
 
 
+_HOOKS = ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called")
+_HOOKS += ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs")
 _STATE_ATTRIBUTES = {"spec", "rows", "columns", "runtime", "float_type", "_tied", "_unpacked", "nx", "nf"}
 _STATE_ATTRIBUTES |= {"forward", "_old_forward", "_hf_hook"}  # accelerate's hooks wrap the old layer's forward
 

@@ -10,7 +10,7 @@ import torch
 from conformance import TransposedLinear, build_transposed
 from torch import nn
 
-from optimum_zsaq import surgery
+from optimum_zsaq import kinds
 
 
 torch.set_num_threads(1)
@@ -35,12 +35,12 @@ def device(request) -> torch.device:
 @pytest.fixture
 def plain_kinds(monkeypatch):
     """The layer kinds of plain torch alone, whatever was registered before; what a test registers is undone."""
-    kinds = {kind: surgery.KINDS[kind] for kind in (nn.Linear, nn.Embedding)}
-    monkeypatch.setattr(surgery, "KINDS", kinds)
-    monkeypatch.setattr(surgery, "_READERS", [surgery.ModelReader()])
+    plain = {kind: kinds.KINDS[kind] for kind in (nn.Linear, nn.Embedding)}
+    monkeypatch.setattr(kinds, "KINDS", plain)
+    monkeypatch.setattr(kinds, "_READERS", [kinds.ModelReader()])
 
 
 @pytest.fixture
 def toy_kinds(plain_kinds):
     """Linear, Embedding and the toy `TransposedLinear`: the three kinds of `conformance.LAYERS`."""
-    surgery.register_transposed(TransposedLinear, build_transposed)
+    kinds.register_transposed(TransposedLinear, build_transposed)

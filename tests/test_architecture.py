@@ -18,7 +18,9 @@ FLOORS = {
     "ops": 1,
     "kernels": 1,
     "layers": 2,
+    "kinds": 3,
     "surgery": 3,
+    "size": 4,
     "algorithms": 4,
     "integrations": 5,
     "trainers": 5,
@@ -26,7 +28,7 @@ FLOORS = {
     "report": 5,
     "commands": 6,
 }
-SIDEWAYS = {("kernels", "ops")}  # the one import between parts of one floor
+SIDEWAYS = {("kernels", "ops"), ("surgery", "kinds"), ("report", "integrations")}  # imports within one floor
 STANDALONE = {"__init__", "autoload", "demo", "_namespace"}  # no floor: package names, start-up, data
 ARCHITECTURES = set(
     "albert bart bert bloom codegen deberta distilbert electra falcon gemma gpt gpt2 gptj gptneo llama marian mbart "

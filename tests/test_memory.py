@@ -16,7 +16,7 @@ import json, sys, threading, time
 import torch, transformers, transformers.models.bert.modeling_bert
 from transformers import BertModel
 from optimum_zsaq import PreQuantConfig
-from optimum_zsaq.report.size import measure_size
+from optimum_zsaq.size import measure_size
 
 def anonymous():  # bytes that no file backs, as the kernel counts them
     with open("/proc/self/status") as status:

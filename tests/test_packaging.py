@@ -98,11 +98,7 @@ def test_wheel_works_when_installed(wheel, tmp_path):
 import optimum.zsaq, optimum_zsaq
 from optimum.zsaq import pack
 assert optimum.zsaq is optimum_zsaq
-print(optimum_zsaq.__file__)
-from optimum.commands.optimum_cli import main
-import sys
-sys.argv = ["optimum-cli", "zsaq", "--help"]
-main()"""
+print(optimum_zsaq.__file__)"""
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=tmp_path,
@@ -114,4 +110,3 @@ main()"""
     )
     assert done.returncode == 0, done.stderr
     assert str(target) in done.stdout
-    assert "{quantize,evaluate,inspect,demo}" in done.stdout

@@ -16,7 +16,7 @@ from conformance import (
 )
 from torch import nn
 
-from optimum_zsaq import surgery
+from optimum_zsaq import kinds, surgery
 from optimum_zsaq.layers import (
     FakeQuantEmbedding,
     FakeQuantLinear,
@@ -118,11 +118,11 @@ class TestSelect:
         ],
     )
     def test_table_with_an_unknown_forward(self, table, monkeypatch):
-        class Reader(surgery.ModelReader):
+        class Reader(kinds.ModelReader):
             def facts(self, model):
-                return surgery.ModelFacts(tables=frozenset({"table"}))
+                return kinds.ModelFacts(tables=frozenset({"table"}))
 
-        surgery.register_reader(Reader())
+        kinds.register_reader(Reader())
         model = Holder(table=table, linear=nn.Linear(5, 5))
         with pytest.raises(TypeError, match=f"the input embedding 'table' is a {type(table).__name__}, whose forward"):
             select(model, FULL)
@@ -131,17 +131,17 @@ class TestSelect:
     def test_heads_and_other_embeddings_stay_float(self):
         """What a registered reader says of a model is used, and the newest reader is asked first."""
 
-        class Reader(surgery.ModelReader):
+        class Reader(kinds.ModelReader):
             def reads(self, model):
                 return isinstance(model, ToyModel)
 
             def facts(self, model):
-                return surgery.ModelFacts(frozenset(), {}, frozenset({"head", "output"}))
+                return kinds.ModelFacts(frozenset(), {}, frozenset({"head", "output"}))
 
         reader = Reader()
-        surgery.register_reader(reader)
-        assert surgery.reader_of(ToyModel()) is reader
-        assert surgery.reader_of(nn.Linear(2, 2)) is not reader
+        kinds.register_reader(reader)
+        assert kinds.reader_of(ToyModel()) is reader
+        assert kinds.reader_of(nn.Linear(2, 2)) is not reader
         assert list(select(ToyModel(tied=False), FULL)) == ["up", "down"]
 
 
@@ -346,7 +346,7 @@ class TestRegistration:
             new.weight, new.bias = nn.Parameter(weight.t().contiguous()), layer.bias
             return new
 
-        surgery.register_transposed(Other, build_other)
+        kinds.register_transposed(Other, build_other)
         model = Holder(first=TransposedLinear(5, 3), second=Other(5, 3))
         unpack(pack(prepare(model, FULL, "minmax")))
         assert [type(model.first), type(model.second)] == [TransposedLinear, Other]
@@ -354,8 +354,8 @@ class TestRegistration:
     def test_embedding_subclass_keeps_its_forward(self):
         model = Holder(table=ScaledTable(7, 5), linear=nn.Linear(5, 5))
         assert list(select(model, FULL)) == ["linear"]
-        surgery.register_embedding(ScaledTable)
-        surgery.register_embedding(ScaledTable)  # twice is once
+        kinds.register_embedding(ScaledTable)
+        kinds.register_embedding(ScaledTable)  # twice is once
         ids = torch.tensor([1, 6])
         prepare(model, FULL, "minmax")
         assert isinstance(model.table, FakeQuantEmbedding)
@@ -372,20 +372,20 @@ class TestRegistration:
 
     def test_kinds_in_every_state(self):
         model = ToyModel(tied=False)
-        kinds = [surgery.kind_of(model.get_submodule(name)) for name in ("table", "up", "down")]
+        found = [kinds.kind_of(model.get_submodule(name)) for name in ("table", "up", "down")]
         for change in (lambda m: prepare(m, FULL, "minmax"), pack):
             change(model)
-            assert [surgery.kind_of(model.get_submodule(name)) for name in ("table", "up", "down")] == kinds
-        assert surgery.kind_of(nn.LayerNorm(3)) is None
+            assert [kinds.kind_of(model.get_submodule(name)) for name in ("table", "up", "down")] == found
+        assert kinds.kind_of(nn.LayerNorm(3)) is None
 
     def test_readers_are_told_of_every_change(self):
         told = []
 
-        class Reader(surgery.ModelReader):
+        class Reader(kinds.ModelReader):
             def changed(self, model):
                 told.append(types(model)[1])
 
-        surgery.register_reader(Reader())
+        kinds.register_reader(Reader())
         unpack(pack(prepare(ToyModel(), FULL, "minmax")))
         assert told == [FakeQuantLinear, PackedLinear, nn.Linear]
 
@@ -455,12 +455,12 @@ class TestRuntime:
 
 def test_reader_of_plain_modules():
     model = ToyModel()
-    facts = surgery.reader_of(model).facts(model)
-    assert facts == surgery.ModelFacts(frozenset({"table"}), {"output": "table"}, frozenset())
-    assert surgery.reader_of(ToyModel(tied=False)).facts(ToyModel(tied=False)).tied == {}
+    facts = kinds.reader_of(model).facts(model)
+    assert facts == kinds.ModelFacts(frozenset({"table"}), {"output": "table"}, frozenset())
+    assert kinds.reader_of(ToyModel(tied=False)).facts(ToyModel(tied=False)).tied == {}
 
 
 def test_registered_transposed_kind():
-    kind = surgery.kind_of(TransposedLinear(5, 3))
+    kind = kinds.kind_of(TransposedLinear(5, 3))
     assert (kind.fake, kind.packed) == (FakeQuantTransposedLinear, PackedTransposedLinear)
     assert (kind.build, kind.table) == (build_transposed, False)

@@ -45,19 +45,19 @@ def cells() -> list[Cell]:
     """All cells: the float models, then SST-2, then the models that write."""
     found = [Cell("float", "float32", task) for task in MODELS]
     with_outliers: tuple[dict[str, Any], ...] = ({}, {"outliers": OUTLIERS})
-    for bits in BITS:
+    for bits, table_bits in BITS.items():
         for outliers in with_outliers:
-            found.append(cell("sst2", bits, bits, **outliers))
-            found.append(cell("sst2", bits, bits, granularity="tensor", **outliers))
-            found.append(cell("sst2", bits, bits, granularity="group", group_size=64, **outliers))
-        found += [cell("sst2", bits, bits, ranges=ranges) for ranges in ("minmax", "lsq")]
-    found.append(cell("sst2", 2, 2, ranges="ternary"))
+            found.append(cell("sst2", bits, table_bits, **outliers))
+            found.append(cell("sst2", bits, table_bits, granularity="tensor", **outliers))
+            found.append(cell("sst2", bits, table_bits, granularity="group", group_size=64, **outliers))
+        found += [cell("sst2", bits, table_bits, ranges=ranges) for ranges in ("minmax", "lsq")]
+    found.append(cell("sst2", 2, BITS[2], ranges="ternary"))
     for bits in (8, 4):
         found.append(cell("sst2", bits, bits, activations="static", calibration_data=CALIBRATION))
         found += [cell("sst2", bits, bits, seed=seed, activations="static") for seed in range(3)]
     for task in ("wikitext", "stories", "g2p"):
-        for bits in BITS:
-            for embedding_bits in (None, bits):
+        for bits, table_bits in BITS.items():
+            for embedding_bits in (None, table_bits):
                 found += [cell(task, bits, embedding_bits, **outliers) for outliers in with_outliers]
     return found
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..layers import LowBitLayer
-from ..ops import find_input_range
+from ..ops import RANGES, find_input_range
 from ..surgery import low_bit_layers
 
 
@@ -20,11 +20,18 @@ class _Seen:
 
     def __init__(self, seed: int):
         self.low, self.high = torch.inf, -torch.inf
+        self.finite = True
         self.values: list[Tensor] = []
         self.generator = torch.Generator().manual_seed(seed)
 
+    def hook(self, _: nn.Module, args: tuple, kwargs: dict) -> None:
+        self.see(args[0] if args else kwargs["input"])
+
     def see(self, x: Tensor) -> None:
         flat = x.detach().float().cpu().reshape(-1)
+        if not flat.numel():
+            return
+        self.finite = self.finite and bool(torch.isfinite(flat).all())
         self.low, self.high = min(self.low, flat.min().item()), max(self.high, flat.max().item())
         index = torch.randint(flat.numel(), (min(_KEPT_VALUES, flat.numel()),), generator=self.generator)
         self.values.append(flat[index])
@@ -48,8 +55,11 @@ def calibrate(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], ranges:
         `nn.Module`: the same model.
 
     Raises:
-        ValueError: no layer has a static input range; no batch; a layer that no batch reached.
+        ValueError: an unknown method; no layer has a static input range; no batch; a layer that no batch reached; an input
+            that is NaN or infinite.
     """
+    if ranges not in RANGES:
+        raise ValueError(f"ranges={ranges!r} is unknown; use one of {sorted(RANGES)}")
     layers = {n: m for n, m in low_bit_layers(model) if m.spec.inputs and m.spec.inputs.granularity == "tensor"}
     if not layers:
         raise ValueError("no layer has a static input range to calibrate; quantize with activations='static'")
@@ -61,6 +71,9 @@ def calibrate(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], ranges:
             f"no calibration batch reached {missed}; give at least one batch that runs them, "
             "or name them in modules_to_not_convert"
         )
+    for name, record in seen.items():
+        if not record.finite:
+            raise ValueError(f"{name}: an input is NaN or infinite and has no range; check the model and the batches")
     for name, layer in layers.items():
         record = seen[name]
         scale, zero_point = find_input_range(torch.cat(record.values), record.low, record.high, layer.spec.inputs, ranges)
@@ -72,15 +85,16 @@ def _observe(
     model: nn.Module, layers: dict[str, LowBitLayer], seen: dict[str, _Seen], batches: Iterable[Mapping[str, Tensor]]
 ) -> None:
     """Run the batches in evaluation mode with float inputs; the model is left as it was, whatever happens."""
-    training, hooks = model.training, []
+    modes, hooks = {module: module.training for module in model.modules()}, []
     try:
         for name, layer in layers.items():
-            hooks.append(layer.register_forward_pre_hook(lambda _, args, record=seen[name]: record.see(args[0])))
+            hooks.append(layer.register_forward_pre_hook(seen[name].hook, with_kwargs=True))
         with float_inputs(model.eval()):
             for batch in batches:
                 model(**batch)
     finally:
-        model.train(training)
+        for module, training in modes.items():
+            module.training = training
         for hook in hooks:
             hook.remove()
 

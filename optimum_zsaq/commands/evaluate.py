@@ -1,7 +1,7 @@
 """`optimum-cli zsaq evaluate`: measure a model, low-bit or float, on a task."""
 
 import time
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,7 @@ class EvaluateCommand(Command):
     @staticmethod
     def parse_args(parser: ArgumentParser) -> None:
         """Declare the arguments."""
-        parser.epilog = _EXAMPLES
+        parser.epilog, parser.formatter_class = _EXAMPLES, RawDescriptionHelpFormatter
         parser.add_argument("--model", required=True, help="folder or Hub id of a low-bit or float model")
         parser.add_argument("--task", required=True, choices=TASKS, help="what to measure, see below")
         parser.add_argument("--data", required=True, type=Path, help="TSV, CSV, JSON(L), parquet or plain text file")
@@ -90,7 +90,10 @@ class EvaluateCommand(Command):
         if args.metric is not None:
             found.metrics.update(ev.extra_metric(args.metric, found.predictions, references))
         return {
-            **{"model": args.model, "task": args.task, "data": str(args.data), "reference": args.reference},
+            "model": args.model,
+            "task": args.task,
+            "data": str(args.data),
+            "reference": args.reference,
             "samples": len(found.predictions) or len(found.scores),
             "tokens": found.tokens,
             "metrics": found.metrics,

@@ -147,7 +147,7 @@ def _save_tokenizer(model: str, folder: Path) -> bool:
 
 
 def _result(args: Namespace, model: Any, has_tokenizer: bool, seconds: float) -> dict[str, Any]:
-    from ..report.size import measure_size
+    from ..size import measure_size
     from ..surgery import low_bit_layers
 
     size = measure_size(model)

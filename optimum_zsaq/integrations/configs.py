@@ -14,9 +14,10 @@ from typing import Any
 from torch import nn
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from ..kinds import ModelFacts, kind_of, reader_of
 from ..layers.packed import RUNTIMES
 from ..spec import LayerSpec, QuantScheme, QuantSpec
-from ..surgery import ModelFacts, kind_of, low_bit_layers, reader_of, tied_row
+from ..surgery import low_bit_layers, tied_row
 
 
 QUANT_METHOD = "zsaq"

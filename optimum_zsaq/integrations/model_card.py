@@ -2,8 +2,9 @@
 
 from transformers import PreTrainedModel
 
-from ..report.size import measure_size
-from ..surgery import kind_of, low_bit_layers
+from ..kinds import kind_of
+from ..size import measure_size
+from ..surgery import low_bit_layers
 
 
 MARK = "<!-- written by optimum-zsaq -->"

@@ -4,8 +4,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from ..kinds import ModelFacts, ModelReader, register_embedding, register_reader, register_transposed
 from ..layers import LowBitLayer
-from ..surgery import ModelFacts, ModelReader, register_embedding, register_reader, register_transposed
 
 
 class TransformersReader(ModelReader):

@@ -11,11 +11,11 @@ from transformers.core_model_loading import ConversionOps
 from transformers.integrations.accelerate import load_offloaded_parameter
 from transformers.quantizers.base import HfQuantizer
 
+from ..kinds import kind_of
 from ..layers import LowBitLayer, PackedEmbedding, PackedLinear, PackedTransposedLinear
 from ..layers.common import INTEGERS, SCALES
 from ..surgery import (
     find_layer_ranges,
-    kind_of,
     low_bit_layers,
     quantize_weight,
     select,
@@ -200,6 +200,7 @@ class LowBitQuantizer(HfQuantizer):
         if getattr(model, "_hf_peft_config_loaded", False):
             return None, {}
         self.quantization_config.describe_model(model)
+        _check_calibrated(model)
         state_dict = model.state_dict()
         for name, layer in low_bit_layers(model):
             if isinstance(layer, PackedLinear | PackedEmbedding):
@@ -215,6 +216,12 @@ class LowBitQuantizer(HfQuantizer):
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         return unpack(model, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+
+
+def _check_calibrated(model: PreTrainedModel) -> None:
+    for name, layer in low_bit_layers(model):
+        if layer.input_scale is not None and layer.input_scale.isnan().any():
+            raise ValueError(f"the static input range of {name} was never set; call optimum_zsaq.calibrate(model, batches)")
 
 
 def _is_read(parameter: nn.Parameter) -> bool:

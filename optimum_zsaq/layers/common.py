@@ -42,8 +42,9 @@ class LowBitLayer:
         self.register_parameter(name, None if value is None else nn.Parameter(value, requires_grad=False))
 
     def _new_input_tensors(self) -> None:
+        """A static range is NaN, and so are the outputs, until it is calibrated or loaded."""
         static = self.spec.inputs is not None and self.spec.inputs.granularity == "tensor"
-        self._set_tensor("input_scale", torch.ones(1, 1, dtype=torch.float32) if static else None)
+        self._set_tensor("input_scale", torch.full((1, 1), torch.nan, dtype=torch.float32) if static else None)
         self._set_tensor("input_zero_point", torch.zeros(1, 1, dtype=torch.uint8) if static else None)
 
     def set_input_range(self, scale: Tensor, zero_point: Tensor) -> None:

@@ -96,7 +96,8 @@ class _FakeQuant(LowBitLayer):
     def quantized_weight(self) -> Tensor:
         """The weight as the packed layer will have it. Shapes: (O, I) float32, differentiable (straight-through)."""
         owner = self.owner
-        weight = fake_quantize(self.master(), owner.weight_scale, owner.weight_zero_point, owner.spec.weight)
+        master = self.master().float().contiguous()  # a matmul may round by the memory layout: that of the packed layer
+        weight = fake_quantize(master, owner.weight_scale, owner.weight_zero_point, owner.spec.weight)
         if owner.weight_outlier_positions is not None:
             weight = add_outliers(weight, owner.weight_outlier_positions, owner.weight_outlier_values)
         return weight
@@ -120,9 +121,9 @@ class FakeQuantLinear(_FakeQuant, nn.Linear):
         """Take over the Parameters of a float layer."""
         return cls(layer.weight, layer.bias, spec)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (..., I) -> (..., O), in x's dtype."""
-        return nn.functional.linear(self.quantize_inputs(x), self.quantized_weight().to(x.dtype), self.bias)
+    def forward(self, input: Tensor) -> Tensor:
+        """input (..., I) -> (..., O), in the input's dtype."""
+        return nn.functional.linear(self.quantize_inputs(input), self.quantized_weight().to(input.dtype), self.bias)
 
 
 class FakeQuantTransposedLinear(FakeQuantLinear):
@@ -153,18 +154,18 @@ class FakeQuantEmbedding(_FakeQuant, nn.Embedding):
         """Take over the Parameter of a float table."""
         return cls(layer.weight, spec, layer.padding_idx)
 
-    def forward(self, ids: Tensor) -> Tensor:
-        """ids (...) integer -> (..., D), in the weight's dtype."""
+    def forward(self, input: Tensor) -> Tensor:
+        """input (...) integer -> (..., D), in the weight's dtype."""
         owner, spec = self.owner, self.owner.spec.weight
         if spec.ternary and spec.granularity == "tensor":  # the threshold needs the whole table
-            return nn.functional.embedding(ids, self.quantized_weight().to(self.weight.dtype), self.padding_idx)
-        flat = ids.reshape(-1).long()
-        rows = nn.functional.embedding(flat, self.weight, self.padding_idx)
+            return nn.functional.embedding(input, self.quantized_weight().to(self.weight.dtype), self.padding_idx)
+        flat = input.reshape(-1).long()
+        rows = nn.functional.embedding(flat, self.weight, self.padding_idx).float()
         rows = fake_quantize(rows, rows_of(owner.weight_scale, flat), rows_of(owner.weight_zero_point, flat), spec)
         if owner.weight_outlier_positions is not None:
             positions, values = owner.weight_outlier_positions, owner.weight_outlier_values
             rows = rows + gather_outlier_rows(flat, self.embedding_dim, positions, values)
-        return rows.to(self.weight.dtype).view(*ids.shape, self.embedding_dim)
+        return rows.to(self.weight.dtype).view(*input.shape, self.embedding_dim)
 
 
 def rows_of(per_slice: Tensor | None, rows: Tensor) -> Tensor | None:

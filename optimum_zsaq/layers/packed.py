@@ -142,9 +142,9 @@ class PackedLinear(_Packed, nn.Linear):
     def _shape(layer: nn.Module) -> tuple[int, int]:
         return layer.weight.shape[0], layer.weight.shape[1]
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (..., I) -> (..., O), in x's dtype."""
-        return packed_linear(x, self.packed(), self.bias)
+    def forward(self, input: Tensor) -> Tensor:
+        """input (..., I) -> (..., O), in the input's dtype."""
+        return packed_linear(input, self.packed(), self.bias)
 
 
 class PackedTransposedLinear(PackedLinear):
@@ -178,14 +178,14 @@ class PackedEmbedding(_Packed, nn.Embedding):
         with torch.device(layer.weight.device):
             return cls(layer.num_embeddings, layer.embedding_dim, spec, layer.padding_idx, layer.weight.dtype)
 
-    def forward(self, ids: Tensor) -> Tensor:
-        """ids (...) integer -> (..., D), in the marker's dtype."""
+    def forward(self, input: Tensor) -> Tensor:
+        """input (...) integer -> (..., D), in the marker's dtype."""
         owner, spec = self.owner, self.owner.spec.weight
-        flat = ids.reshape(-1).long()
+        flat = input.reshape(-1).long()
         codes = unpack_codes(owner.weight_codes.index_select(0, flat), spec.bits, owner.columns)
         scale, zero_point = rows_of(owner.weight_scale, flat), rows_of(owner.weight_zero_point, flat)
         rows = dequantize(codes, scale, zero_point, spec)
         if owner.weight_outlier_positions is not None:
             positions, values = owner.weight_outlier_positions, owner.weight_outlier_values
             rows = rows + gather_outlier_rows(flat, owner.columns, positions, values)
-        return rows.to(self.weight.dtype).view(*ids.shape, owner.columns)
+        return rows.to(self.weight.dtype).view(*input.shape, owner.columns)

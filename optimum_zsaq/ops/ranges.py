@@ -60,7 +60,7 @@ def ternary(slices: Tensor, spec: QuantSpec) -> Range:
 
 
 def mse(slices: Tensor, spec: QuantSpec) -> Range:
-    """The range of least squared error: a geometric grid of clipping ranges, a fine grid around the best one, least squares.
+    """The range of least squared error: a geometric grid of clipping ranges, a fine one around the best, least squares.
 
     Asymmetric codes also try the neighbouring zero points and clipping either end alone.
 

@@ -120,9 +120,8 @@ def measure_text2text(
 ) -> Evaluation:
     """Teacher-forced loss and exact match of an encoder-decoder model; with `decode` also the error rate of its text.
 
-    A target is an exact match when each of its tokens is the likeliest after those before it, which is when greedy
-    decoding writes it. The error rate is the edit distance between what greedy decoding writes and the target, both
-    decoded, divided by the targets' length.
+    A target is an exact match when each of its tokens is the likeliest one, which is when greedy decoding writes it. The
+    error rate is the edit distance between what greedy decoding writes and the targets, over the targets' length.
 
     Args:
         model (`PreTrainedModel`): an encoder-decoder model.
@@ -133,7 +132,7 @@ def measure_text2text(
         decode (`Callable`, *optional*): token ids -> the sequence (a string, say) whose elements are compared.
 
     Raises:
-        ValueError: no samples; not one target a sample; an empty target.
+        ValueError: not one target a sample, or an empty one; no samples.
     """
     if len(targets) != len(samples) or not all(targets):
         raise ValueError(f"{len(samples)} samples have {sum(map(bool, targets))} targets; give one, not empty, a sample")
@@ -147,12 +146,16 @@ def measure_text2text(
     if decode is not None:
         for each, figure in reversed(list(zip(models, figures, strict=True))):
             written = generate(each, samples, 2 * max(map(len, targets)), batch_size)
-            wanted = [decode(list(target)) for target in targets]
             found.predictions = [decode(ids) for ids in written]
-            found.scores = np.array([edit_distance(*p) for p in zip(found.predictions, wanted, strict=True)], float)
-            figure["error_rate"] = float(found.scores.sum() / max(1, sum(map(len, wanted))))
+            figure["error_rate"], found.scores = _error_rate(found.predictions, [decode(list(t)) for t in targets])
     found.reference_metrics = figures[1] if reference is not None else {}
     return found
+
+
+def _error_rate(written: Sequence[Sequence[Any]], wanted: Sequence[Sequence[Any]]) -> tuple[float, np.ndarray]:
+    """All edits over all that was wanted, and each sample's edits (n,)."""
+    edits = np.array([edit_distance(*pair) for pair in zip(written, wanted, strict=True)], dtype=np.float64)
+    return float(edits.sum() / max(1, sum(map(len, wanted)))), edits
 
 
 def _first_token(model: PreTrainedModel) -> int:

@@ -14,8 +14,8 @@ from ..integrations.configs import LowBitConfig
 from ..integrations.tasks import load_config, model_class
 from ..kernels import choose_kernel
 from ..layers import LowBitLayer, PackedEmbedding, PackedLinear
+from ..size import measure_size
 from ..surgery import skeleton
-from .size import measure_size
 
 
 @dataclass(frozen=True)

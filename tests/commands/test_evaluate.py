@@ -24,7 +24,7 @@ LABELS = [0, 2, 1, 0]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Model folders "bert-cls", "low-bit", "regression", "llama-tied", "t5-tied", each with a tokenizer, and "bare" without."""
+    """Model folders with tokenizers, "bare" without one, and "empty" without a model."""
     folder = tmp_path_factory.mktemp("models")
     models = {name: make(name) for name in ("bert-cls", "llama-tied", "t5-tied")}
     models["regression"] = make("bert-cls", num_labels=1)

@@ -174,7 +174,7 @@ def _make_all(root: Path) -> None:
     torch.save((made, reloaded), root / "found.pt")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Found:
     """All cases by id: what was seen of the model that was saved, and of the one that the other process reloaded."""
 

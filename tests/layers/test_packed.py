@@ -16,10 +16,10 @@ from conformance import (
 )
 from torch import nn
 
+from optimum_zsaq.kinds import kind_of
 from optimum_zsaq.layers import PackedEmbedding, PackedLinear
 from optimum_zsaq.ops import packed_columns
 from optimum_zsaq.spec import LayerSpec, QuantSpec
-from optimum_zsaq.surgery import kind_of
 
 
 pytestmark = pytest.mark.usefixtures("toy_kinds")

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from ..surgery import low_bit_layers
+from .surgery import low_bit_layers
 
 
 PARTS = ("codes", "scales", "outliers", "markers", "float")

@@ -7,7 +7,7 @@ from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausa
 
 from optimum_zsaq import PreQuantConfig
 from optimum_zsaq.report.inspection import group_layers, inspect_checkpoint
-from optimum_zsaq.report.size import measure_size
+from optimum_zsaq.size import measure_size
 
 
 SIZES = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 37}
