@@ -136,11 +136,11 @@ def _load(args: Namespace, config: Any) -> Any:
 
 
 def _save_tokenizer(model: str, folder: Path) -> bool:
-    from transformers import AutoTokenizer
+    from ..integrations.tasks import load_tokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model)
-    except (OSError, ValueError, KeyError, TypeError):
+        tokenizer = load_tokenizer(model)
+    except ValueError:
         return False
     tokenizer.save_pretrained(folder)
     return True

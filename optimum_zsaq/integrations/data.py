@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .tasks import load_tokenizer
 
 
 Batch = dict[str, Tensor]
@@ -100,14 +102,7 @@ def find_tokenizer(model: PreTrainedModel) -> PreTrainedTokenizerBase:
     Raises:
         ValueError: there is none.
     """
-    source = model.config.name_or_path
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"calibration_data is text, but no tokenizer was found at {source!r}; save the model's tokenizer there, "
-            "or call optimum_zsaq.calibrate(model, batches) with token ids"
-        ) from error
+    tokenizer = load_tokenizer(model.config.name_or_path)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -157,7 +152,8 @@ def _plain_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | N
     size = model.get_input_embeddings().weight.shape[0]
     special = set() if tokenizer is None else set(tokenizer.all_special_ids)
     if tokenizer is None:
-        special = {i for i in (model.config.pad_token_id, model.config.bos_token_id, model.config.eos_token_id) if i}
+        names = ("pad_token_id", "bos_token_id", "eos_token_id")
+        special = {getattr(model.config, name, None) for name in names}
     return torch.tensor([token for token in range(size) if token not in special])
 
 

@@ -56,9 +56,9 @@ class QuantizeOnLoad(ConversionOps):
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
         self._check_tie(name, layer, tensors)
-        marker = layer.weight.new_zeros(layer.weight.shape, device=weight.device)
+        marker = weight.new_zeros(layer.weight.shape)  # in the dtype that transformers keeps this weight in
         self.quantizer.found.add(name)
-        tensors = {"weight": marker, **tensors}
+        tensors = {"weight": marker, **tensors, **layer.uncalibrated_input_tensors(weight.device)}
         return {f"{name}.{key}": nn.Parameter(value, requires_grad=False) for key, value in tensors.items()}
 
     def _check(self, name: str, layer: LowBitLayer, weight: Tensor) -> None:
@@ -154,8 +154,8 @@ class LowBitQuantizer(HfQuantizer):
         self._restore_new_layers(model)
         for _, layer in low_bit_layers(model):
             for name in (*SCALES, *INTEGERS):
-                if getattr(layer, name) is not None:
-                    getattr(layer, name).requires_grad_(False)
+                if layer._parameters.get(name) is not None:
+                    layer._parameters[name].requires_grad_(False)
             if isinstance(layer, PackedLinear | PackedEmbedding):
                 layer.weight.requires_grad_(False)
         set_runtime(model, config.runtime)

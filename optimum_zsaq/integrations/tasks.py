@@ -1,7 +1,9 @@
-"""Which transformers class a task or a checkpoint is loaded with."""
+"""Which transformers class and tokenizer a task or a checkpoint is loaded with."""
+
+from pathlib import Path
 
 import transformers
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 TASKS = {
@@ -14,6 +16,8 @@ TASKS = {
     "text2text-generation": "AutoModelForSeq2SeqLM",
     "token-classification": "AutoModelForTokenClassification",
 }
+
+_TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "merges.txt", "*.codes", "tekken.json")
 
 
 def model_class(config: PreTrainedConfig, task: str | None = None) -> type:
@@ -48,3 +52,25 @@ def load_config(model: str) -> PreTrainedConfig:
         raise ValueError(
             f"there is no model at {model!r}: give a folder with config.json and model.safetensors, or a Hub id"
         ) from error
+
+
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer beside a model.
+
+    Raises:
+        ValueError: there is none. (transformers makes an empty one of a folder without tokenizer files.)
+    """
+    folder = Path(path)
+    if folder.is_dir() and not any(file for pattern in _TOKENIZER_FILES for file in folder.glob(pattern)):
+        raise ValueError(_no_tokenizer(path))
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(_no_tokenizer(path)) from error
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+        raise ValueError(_no_tokenizer(path))
+    return tokenizer
+
+
+def _no_tokenizer(path: str | Path) -> str:
+    return f"no tokenizer was found at {str(path)!r}; save it there with tokenizer.save_pretrained({str(path)!r})"

@@ -42,10 +42,18 @@ class LowBitLayer:
         self.register_parameter(name, None if value is None else nn.Parameter(value, requires_grad=False))
 
     def _new_input_tensors(self) -> None:
-        """A static range is NaN, and so are the outputs, until it is calibrated or loaded."""
-        static = self.spec.inputs is not None and self.spec.inputs.granularity == "tensor"
-        self._set_tensor("input_scale", torch.full((1, 1), torch.nan, dtype=torch.float32) if static else None)
-        self._set_tensor("input_zero_point", torch.zeros(1, 1, dtype=torch.uint8) if static else None)
+        tensors = self.uncalibrated_input_tensors(self.weight.device)
+        for name in ("input_scale", "input_zero_point"):
+            self._set_tensor(name, tensors.get(name))
+
+    def uncalibrated_input_tensors(self, device: torch.device) -> dict[str, Tensor]:
+        """A static range is NaN, and so are the outputs, until it is calibrated or loaded; empty for other inputs."""
+        if self.spec.inputs is None or self.spec.inputs.granularity != "tensor":
+            return {}
+        return {
+            "input_scale": torch.full((1, 1), torch.nan, dtype=torch.float32, device=device),
+            "input_zero_point": torch.zeros(1, 1, dtype=torch.uint8, device=device),
+        }
 
     def set_input_range(self, scale: Tensor, zero_point: Tensor) -> None:
         """Store the static range of the input. Shapes: scale (1, 1) float32, zero_point (1, 1) uint8."""

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import tqdm
 
 from ..integrations.tasks import load_config, model_class
@@ -76,25 +76,6 @@ def load_model(path: str | Path, task: str) -> PreTrainedModel:
 
 def _hint(config: Any) -> str:
     return f"use the task that it was trained for (it was saved as {', '.join(config.architectures or ['?'])})"
-
-
-def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer beside a model.
-
-    Raises:
-        ValueError: there is none. (transformers makes an empty one of a folder without tokenizer files.)
-    """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(_no_tokenizer(path)) from error
-    if len(tokenizer) <= len(tokenizer.all_special_tokens):
-        raise ValueError(_no_tokenizer(path))
-    return tokenizer
-
-
-def _no_tokenizer(path: str | Path) -> str:
-    return f"no tokenizer was found at {str(path)!r}; save it there with tokenizer.save_pretrained({str(path)!r})"
 
 
 # Text to samples -----------------------------------------------------------------------------------------------------
