@@ -149,11 +149,18 @@ class LowBitConfig(QuantizationConfigMixin):
             raise ValueError(f"modules_to_not_convert={self.modules_to_not_convert!r} is a string; use a list of strings")
         self.scheme()
         if self.modules is not None:
-            self._check_modules()
+            try:
+                self._check_modules()
+            except (KeyError, TypeError, AttributeError) as error:
+                raise ValueError(
+                    f"the table `modules` in the quantization_config is damaged ({error!r}); "
+                    "restore config.json from where the checkpoint came from"
+                ) from error
 
     def _check_modules(self) -> None:
         """The table decides what is read; the settings beside it must not tell another story."""
         rows = self.default_rows()
+        [_row(row) for row in self.modules["exceptions"].values()], list(self.modules["float"])
         for name, row in (("weight_bits", rows["linear"]), ("embedding_bits", rows["embedding"])):
             if row is not None and getattr(self, name) != row.weight.bits:
                 raise ValueError(
@@ -182,6 +189,10 @@ class LowBitConfig(QuantizationConfigMixin):
     def default_rows(self) -> dict[str, LayerSpec | None]:
         """The table's default rows, "linear" and "embedding"."""
         return {kind: _row(self.modules[kind]) for kind in ("linear", "embedding")}
+
+    def stored_table(self) -> dict[str, Any]:
+        """What config.json and the header of every file say alike: the table, and whether it is packed."""
+        return {"packed": self.packed, **(self.modules or {})}
 
     def describe_model(self, model: nn.Module) -> None:
         """Write the table of a model's low-bit layers, and the list of what stays float, into this config."""

@@ -133,8 +133,7 @@ class LowBitQuantizer(HfQuantizer):
                 "restore config.json from where the checkpoint came from"
             )
         files = [file for file in checkpoint_files or [] if str(file).endswith(".safetensors")]
-        if config.packed:
-            verify_files(files, config.modules)
+        verify_files(files, config.stored_table(), required=config.packed)
         skeleton(model, config.table(model), config.packed)
         return model
 
@@ -212,7 +211,7 @@ class LowBitQuantizer(HfQuantizer):
         for key, tensor in state_dict.items():
             if tensor.device.type == "meta":
                 state_dict[key] = load_offloaded_parameter(model, key)
-        return state_dict, header(state_dict, self.quantization_config.modules)
+        return state_dict, header(state_dict, self.quantization_config.stored_table())
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         return unpack(model, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
