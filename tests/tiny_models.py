@@ -4,6 +4,7 @@ A name is a family and a head, and "-tied" or "-untied" where the family's outpu
 """
 
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import transformers as tf
@@ -165,10 +166,27 @@ MODELS: dict[str, tuple[type[PreTrainedModel], Callable[..., tf.PreTrainedConfig
 
 
 def make(name: str, seed: int = 0, **options) -> PreTrainedModel:
-    """A model of `MODELS` with random weights, in evaluation mode; `options` go to its config."""
+    """A model of `MODELS` with random weights, in evaluation mode; `options` go to its config.
+
+    Biases and norms are random too: as zeros and ones they would hide a tensor that was lost and made anew.
+    """
     cls, config, fixed = MODELS[name]
     torch.manual_seed(seed)
-    return cls(config(**{**fixed, **options})).eval()
+    model = cls(config(**{**fixed, **options})).eval()
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            parameter.data += torch.empty(parameter.shape).uniform_(-0.2, 0.2)
+    return model
+
+
+def quantized(name: str, folder: Path, seed: int = 0, dtype: torch.dtype | None = None, **settings) -> PreTrainedModel:
+    """A model of `MODELS`, saved float as `folder / "float"` and quantized on load; `settings` are PreQuantConfig's."""
+    from optimum_zsaq import PreQuantConfig
+
+    make(name, seed).save_pretrained(folder / "float")
+    return MODELS[name][0].from_pretrained(
+        folder / "float", quantization_config=PreQuantConfig(**settings), dtype=dtype
+    )
 
 
 def token_ids(rows: int = 2, length: int = 11, seed: int = 1) -> Tensor:

@@ -14,6 +14,7 @@ from sklearn import metrics
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..integrations.tasks import load_tokenizer
 from .generation import edit_distance, generate, measure_perplexity, measure_text2text, perplexity
 from .measuring import (
     TASKS,
@@ -25,7 +26,6 @@ from .measuring import (
     encode_text,
     kl,
     load_model,
-    load_tokenizer,
     measuring,
     same_width,
 )
