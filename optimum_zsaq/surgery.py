@@ -259,8 +259,8 @@ def low_bit_layers(model: nn.Module) -> Iterator[tuple[str, LowBitLayer]]:
     return ((name, module) for name, module in model.named_modules() if isinstance(module, LowBitLayer))
 
 
-def quantize_weight(layer: LowBitLayer, weight: Tensor, ranges: str) -> dict[str, Tensor]:
-    """The tensors of a packed layer from a float weight, by name, without changing the layer.
+def quantize_weight(layer: LowBitLayer, weight: Tensor, ranges: str, packed: bool = True) -> dict[str, Tensor]:
+    """The weight's tensors of a packed or, with `packed=False`, a fake-quantized layer, by name; the layer is unchanged.
 
     Shapes: weight as the float layer stores it, (O, I) or, transposed, (I, O) -> see `layers/packed.py`.
     """
@@ -268,7 +268,9 @@ def quantize_weight(layer: LowBitLayer, weight: Tensor, ranges: str) -> dict[str
     parameter = nn.Parameter(weight, requires_grad=False)
     fake = kind.fake(parameter, layer.spec) if kind.table else kind.fake(parameter, None, layer.spec)
     fake.find_ranges(range_method(layer.spec, ranges))
-    return packed_tensors(fake)
+    if packed:
+        return packed_tensors(fake)
+    return {name: p.detach() for name, p in fake.named_parameters(recurse=False) if not name.startswith("input")}
 
 
 def set_runtime(model: nn.Module, runtime: str) -> nn.Module:

@@ -184,9 +184,7 @@ def quantized(name: str, folder: Path, seed: int = 0, dtype: torch.dtype | None 
     from optimum_zsaq import PreQuantConfig
 
     make(name, seed).save_pretrained(folder / "float")
-    return MODELS[name][0].from_pretrained(
-        folder / "float", quantization_config=PreQuantConfig(**settings), dtype=dtype
-    )
+    return MODELS[name][0].from_pretrained(folder / "float", quantization_config=PreQuantConfig(**settings), dtype=dtype)
 
 
 def token_ids(rows: int = 2, length: int = 11, seed: int = 1) -> Tensor:

@@ -17,7 +17,6 @@ from torch import Tensor
 
 
 HEADER_KEY = "zsaq"
-_CODES = ".weight_codes"
 
 
 class CheckpointError(ValueError):
@@ -36,7 +35,7 @@ def header(state_dict: dict[str, Tensor], table: dict[str, Any]) -> dict[str, st
     return {HEADER_KEY: json.dumps({"table": table, "crc32": crc}, sort_keys=True)}
 
 
-def verify_files(files: list[str], table: dict[str, Any], required: bool = True) -> None:
+def verify_files(files: list[str], table: dict[str, Any], required: bool = True) -> set[str]:
     """Check every safetensors file of a checkpoint against its header, and the header against the config's table.
 
     Args:
@@ -44,23 +43,25 @@ def verify_files(files: list[str], table: dict[str, Any], required: bool = True)
         table (`dict`): what the config says that was given to `header`.
         required (`bool`): refuse files without our header; False: check those that have one.
 
+    Returns:
+        `set[str]`: the model's names of the tensors that were saved. (The files may have other names: transformers stores
+        some models so. Whether each was found is known when the model is loaded.)
+
     Raises:
-        CheckpointError: a file is cut short or changed, was not written by this package, or belongs to another config;
-            codes that were saved are in none of the files.
+        CheckpointError: a file is cut short or changed, was not written by this package, or belongs to another config or
+            to other files.
     """
-    expected, found = set(), set()
+    first: dict[str, int] | None = None
     for file in files:
         try:
-            tensors, crc = _verify_file(Path(file), table, required)
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, IndexError, TypeError, OverflowError) as error:
+            crc = _verify_file(Path(file), table, required)
+        except (LookupError, TypeError, AttributeError, OverflowError, UnicodeDecodeError, json.JSONDecodeError) as error:
             raise _damaged(Path(file), f"its header cannot be read ({error!r})") from error
-        expected |= {name for name in crc if name.endswith(_CODES)}
-        found |= {name for name in tensors if name.endswith(_CODES)}
-    if len(found) < len(expected):  # names may differ: transformers stores some models under other names
-        raise CheckpointError(
-            f"the checkpoint in {Path(files[0]).parent} is incomplete: {len(found)} of {len(expected)} weights in low bits "
-            f"are there, missing are {sorted(expected - found)[:3]}; download or save it again"
-        )
+        if crc != (first := crc if first is None else first):
+            raise CheckpointError(
+                f"{file} belongs to another checkpoint than {files[0]}; take all files from the same checkpoint"
+            )
+    return set(first or ())
 
 
 def _damaged(file: Path, why: str) -> CheckpointError:
@@ -81,15 +82,15 @@ def read_header(file: Path) -> tuple[int, dict[str, Any]]:
         return 8 + length, json.loads(stream.read(length))
 
 
-def _verify_file(file: Path, table: dict[str, Any], required: bool) -> tuple[dict[str, Any], dict[str, int]]:
-    """The tensors that a file has and the checksums that its header has, once they are found to agree."""
+def _verify_file(file: Path, table: dict[str, Any], required: bool) -> dict[str, int]:
+    """The checksums that a file's header has of all tensors, once its own are found to agree."""
     start, tensors = read_header(file)
     metadata = tensors.pop("__metadata__", {})
     expected = start + max((entry["data_offsets"][1] for entry in tensors.values()), default=0)
     if file.stat().st_size != expected:
         raise _damaged(file, f"it has {file.stat().st_size} bytes instead of {expected}")
     if HEADER_KEY not in metadata and not required:
-        return tensors, {}
+        return {}
     if HEADER_KEY not in metadata:
         raise CheckpointError(
             f"{file} has no optimum-zsaq header, so its codes cannot be checked: it was written or changed by another "
@@ -102,7 +103,7 @@ def _verify_file(file: Path, table: dict[str, Any], required: bool) -> tuple[dic
             "take config.json and the safetensors files from the same checkpoint"
         )
     _verify_tensors(file, start, tensors, stored["crc32"])
-    return tensors, stored["crc32"]
+    return stored["crc32"]
 
 
 def _difference(stored: dict[str, Any], wanted: dict[str, Any]) -> str:

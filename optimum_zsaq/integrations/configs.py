@@ -151,7 +151,7 @@ class LowBitConfig(QuantizationConfigMixin):
         if self.modules is not None:
             try:
                 self._check_modules()
-            except (KeyError, TypeError, AttributeError) as error:
+            except (KeyError, TypeError, AttributeError, _TableError) as error:
                 raise ValueError(
                     f"the table `modules` in the quantization_config is damaged ({error!r}); "
                     "restore config.json from where the checkpoint came from"
@@ -160,7 +160,10 @@ class LowBitConfig(QuantizationConfigMixin):
     def _check_modules(self) -> None:
         """The table decides what is read; the settings beside it must not tell another story."""
         rows = self.default_rows()
-        [_row(row) for row in self.modules["exceptions"].values()], list(self.modules["float"])
+        for row in self.modules["exceptions"].values():
+            _row(row)
+        if not isinstance(self.modules["float"], list):
+            raise _TableError(f"float={self.modules['float']!r} is no list")
         for name, row in (("weight_bits", rows["linear"]), ("embedding_bits", rows["embedding"])):
             if row is not None and getattr(self, name) != row.weight.bits:
                 raise ValueError(
@@ -296,11 +299,18 @@ def body_name(model: nn.Module, name: str) -> str:
     return name.removeprefix(f"{prefix}.") if prefix else name
 
 
+class _TableError(ValueError):
+    """A row of the table of modules says nothing that can be read."""
+
+
 def _row(fields: dict[str, Any] | None) -> LayerSpec | None:
     if fields is None:
         return None
     inputs = fields.get("inputs")
-    return LayerSpec(QuantSpec(**fields["weight"]), inputs and QuantSpec(**inputs), fields.get("outliers", 0.0))
+    try:
+        return LayerSpec(QuantSpec(**fields["weight"]), inputs and QuantSpec(**inputs), fields.get("outliers", 0.0))
+    except ValueError as error:
+        raise _TableError(str(error)) from error
 
 
 def _most_common(rows: list[LayerSpec]) -> LayerSpec | None:

@@ -19,11 +19,7 @@ class TransformersReader(ModelReader):
         """Tables, tied layers and heads, by name."""
         names = {id(module): name for name, module in model.named_modules()}
         tables = {names[id(table)] for table in _input_tables(model) if id(table) in names}
-        base, output = model.base_model, model.get_output_embeddings()
-        body = {id(module) for module in base.modules()}
-        heads = {name for name, module in model.named_modules() if id(module) not in body}
-        if isinstance(output, nn.Module) and id(output) in names:
-            heads.add(names[id(output)])
+        heads = {names[module] for module in _heads(model) if module in names}
         return ModelFacts(frozenset(tables), _tied_layers(model), frozenset(heads))
 
     def changed(self, model: PreTrainedModel) -> None:
@@ -46,6 +42,18 @@ def _input_tables(model: PreTrainedModel) -> list[nn.Embedding]:
                     register_embedding(type(table))
                 tables.append(table)
     return tables
+
+
+def _heads(model: PreTrainedModel) -> set[int]:
+    """Ids of the modules outside the pre-trained body.
+
+    The body is `base_model`; of a model that is its own base but is built of other models (T5ForQuestionAnswering), those.
+    """
+    parts = [module for module in model.modules() if isinstance(module, PreTrainedModel) and module is not model]
+    bodies = [model.base_model] if model.base_model is not model else parts or [model]
+    body = {id(module) for part in bodies for module in part.modules()}
+    output = model.get_output_embeddings()
+    return {id(module) for module in model.modules() if id(module) not in body or module is output}
 
 
 def _tied_layers(model: PreTrainedModel) -> dict[str, str]:

@@ -1,7 +1,9 @@
 """transformers' loading and saving of low-bit models: the hooks that `from_pretrained` calls (quantizers/base.py)."""
 
+import copy
 import logging
 import sys
+from collections import Counter
 from typing import Any
 
 import torch
@@ -12,10 +14,9 @@ from transformers.integrations.accelerate import load_offloaded_parameter
 from transformers.quantizers.base import HfQuantizer
 
 from ..kinds import kind_of
-from ..layers import LowBitLayer, PackedEmbedding, PackedLinear, PackedTransposedLinear
+from ..layers import FakeQuantTransposedLinear, LowBitLayer, PackedEmbedding, PackedLinear, PackedTransposedLinear
 from ..layers.common import INTEGERS, SCALES
 from ..surgery import (
-    find_layer_ranges,
     low_bit_layers,
     quantize_weight,
     select,
@@ -25,7 +26,7 @@ from ..surgery import (
     unpack,
 )
 from .checkpoint import CheckpointError, header, verify_files
-from .configs import LowBitConfig
+from .configs import LowBitConfig, body_name
 from .recipe import calibrate_on_load, write_recipe
 from .saving import attach_saving, detach_saving
 
@@ -50,20 +51,25 @@ class QuantizeOnLoad(ConversionOps):
         if layer.owner is not layer:
             layer = layer.owner
             name = next(n for n, module in model.named_modules() if module is layer)
-        self._check(name, layer, weight)
+        config = self.quantizer.quantization_config
         try:
-            tensors = quantize_weight(layer, weight, self.quantizer.quantization_config.ranges)
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
-        self._check_tie(name, layer, tensors)
-        marker = weight.new_zeros(layer.weight.shape)  # in the dtype that transformers keeps this weight in
+            self._check(name, layer, weight)
+            tensors = quantize_weight(layer, weight, config.ranges, config.packed)
+            self._check_tie(name, layer, tensors)
+        except ValueError as error:  # transformers would bury it in a table; it is raised when all weights are read
+            self.quantizer.failures.append(str(error) if name in str(error) else f"{name}: {error}")
+            tensors = {key: torch.zeros_like(p, device=weight.device) for key, p in layer.named_parameters(recurse=False)}
+            tensors.pop("bias", None)
         self.quantizer.found.add(name)
-        tensors = {"weight": marker, **tensors, **layer.uncalibrated_input_tensors(weight.device)}
-        return {f"{name}.{key}": nn.Parameter(value, requires_grad=False) for key, value in tensors.items()}
+        if config.packed:
+            tensors["weight"] = weight.new_zeros(layer.weight.shape)  # in the dtype that transformers keeps it in
+        tensors |= layer.uncalibrated_input_tensors(weight.device)
+        trainable = {"weight"} if not config.packed else set()
+        return {f"{name}.{key}": nn.Parameter(value, requires_grad=key in trainable) for key, value in tensors.items()}
 
     def _check(self, name: str, layer: LowBitLayer, weight: Tensor) -> None:
-        shape = (layer.rows, layer.columns)
-        expected = shape[::-1] if isinstance(layer, PackedTransposedLinear) else shape
+        transposed = isinstance(layer, PackedTransposedLinear | FakeQuantTransposedLinear)
+        expected = layer.shape[::-1] if transposed else layer.shape
         if tuple(weight.shape) != expected:
             raise ValueError(
                 f"the checkpoint's {name}.weight has shape {tuple(weight.shape)} instead of {expected}; a model that is "
@@ -71,7 +77,7 @@ class QuantizeOnLoad(ConversionOps):
             )
 
     def _check_tie(self, name: str, layer: LowBitLayer, tensors: dict[str, Tensor]) -> None:
-        if name in self.quantizer.found and not torch.equal(layer.weight_codes, tensors["weight_codes"]):
+        if name in self.quantizer.found and not all(torch.equal(getattr(layer, key), t) for key, t in tensors.items()):
             raise ValueError(
                 f"the checkpoint has another weight for a layer that is tied to {name} by its config; "
                 "load it with tie_word_embeddings=False"
@@ -81,7 +87,8 @@ class QuantizeOnLoad(ConversionOps):
 class LowBitQuantizer(HfQuantizer):
     """Loads and saves low-bit models for transformers; one class for every algorithm.
 
-    `found` names the packed layers whose weights were read; the others are new, and become float layers again.
+    `found` names the layers whose weights were quantized as they were read; the others are new, and become float layers
+    again. `failures` says of which weights that was impossible. `saved` names the tensors that a checkpoint was saved with.
     """
 
     requires_calibration = False
@@ -89,7 +96,11 @@ class LowBitQuantizer(HfQuantizer):
 
     def __init__(self, quantization_config: LowBitConfig, **kwargs: Any):
         super().__init__(quantization_config, **kwargs)
+        if not self.pre_quantized:  # the user's object is not ours to write the table and the recipe into
+            self.quantization_config = copy.copy(quantization_config)
         self.found: set[str] = set()
+        self.failures: list[str] = []
+        self.saved: set[str] = set()
         self._device_map: Any = None
 
     @property
@@ -107,6 +118,18 @@ class LowBitQuantizer(HfQuantizer):
         return True
 
     # Loading ---------------------------------------------------------------------------------------------------------
+
+    def validate_environment(self, *_: Any, device_map: Any = None, **__: Any) -> None:
+        """Refuse what would load wrong numbers.
+
+        Raises:
+            ValueError: layers would be offloaded to disk, where transformers casts codes to floats.
+        """
+        if isinstance(device_map, dict) and "disk" in device_map.values():
+            raise ValueError(
+                "the layers of a low-bit model cannot be offloaded to disk (device_map has 'disk'); it takes far less "
+                "memory than a float one, so use device_map='cpu' or leave device_map out"
+            )
 
     def update_device_map(self, device_map: Any) -> Any:
         """Remember where the model goes; nothing is changed."""
@@ -132,15 +155,21 @@ class LowBitQuantizer(HfQuantizer):
                 "the quantization_config of this checkpoint has no table of modules, so it cannot be read; "
                 "restore config.json from where the checkpoint came from"
             )
-        files = [file for file in checkpoint_files or [] if str(file).endswith(".safetensors")]
-        verify_files(files, config.stored_table(), required=config.packed)
+        files = [str(file) for file in checkpoint_files or []]
+        for file in files:
+            if config.packed and not file.endswith(".safetensors"):
+                raise CheckpointError(
+                    f"{file} is no safetensors file and has no checksums; save with save_pretrained again"
+                )
+        files = [file for file in files if file.endswith(".safetensors")]
+        self.saved = verify_files(files, config.stored_table(), required=config.packed)
         skeleton(model, config.table(model), config.packed)
         return model
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **_: Any) -> bool:
         """The float weight of a layer that is packed on load."""
         layer_name, _, name = param_name.rpartition(".")
-        if self.pre_quantized or not self.quantization_config.packed or name != "weight":
+        if self.pre_quantized or name != "weight":
             return False
         return isinstance(model.get_submodule(layer_name), LowBitLayer)
 
@@ -150,6 +179,9 @@ class LowBitQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
         config = self.quantization_config
+        if self.failures:
+            raise ValueError("; ".join(self.failures))
+        self._check_complete(model)
         self._restore_new_layers(model)
         for _, layer in low_bit_layers(model):
             for name in (*SCALES, *INTEGERS):
@@ -159,13 +191,22 @@ class LowBitQuantizer(HfQuantizer):
                 layer.weight.requires_grad_(False)
         set_runtime(model, config.runtime)
         if not self.pre_quantized:
-            if not config.packed:
-                find_layer_ranges(dict(low_bit_layers(model)), config.ranges)
             data = calibrate_on_load(model, config)
             config.describe_model(model)
             write_recipe(model, config, data)
         attach_saving(model)
         return model
+
+    def _check_complete(self, model: PreTrainedModel) -> None:
+        """Every tensor that was saved and that this model has must have been read; transformers would make a random one."""
+        saved = {body_name(model, name) for name in self.saved}
+        parameters = {body_name(model, name): parameter for name, parameter in model.named_parameters()}
+        lost = [name for name, parameter in parameters.items() if name in saved and not _is_read(parameter)]
+        if lost:
+            raise CheckpointError(
+                f"the checkpoint is incomplete or damaged: it was saved with {lost[:3]}, which its files do not have; "
+                "download or save it again"
+            )
 
     def _restore_new_layers(self, model: PreTrainedModel) -> None:
         """Layers that the checkpoint does not contain become float layers with the model's own initialisation."""
@@ -179,10 +220,10 @@ class LowBitQuantizer(HfQuantizer):
         logger.warning("Not in the checkpoint, newly initialised and left float: %s", ", ".join(new))
 
     def _was_read(self, name: str, layer: LowBitLayer) -> bool:
-        if not self.quantization_config.packed:
-            return self.pre_quantized or _is_read(layer.weight)
         if not self.pre_quantized:
             return name in self.found
+        if not self.quantization_config.packed:
+            return True
         tensors = ("weight_codes", "weight_scale", "weight_zero_point", "weight_outlier_positions")
         read = [_is_read(getattr(layer, t)) for t in tensors if getattr(layer, t) is not None]
         if any(read) and not all(read):
@@ -214,7 +255,11 @@ class LowBitQuantizer(HfQuantizer):
         return state_dict, header(state_dict, self.quantization_config.stored_table())
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
-        return unpack(model, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        unpack(model, dtype)
+        for parameter in model.parameters():  # not the buffers: some are more precise than the model on purpose
+            parameter.data = parameter.data.to(dtype)
+        return model
 
 
 def _check_calibrated(model: PreTrainedModel) -> None:
@@ -257,7 +302,8 @@ def attach_quantizer(model: PreTrainedModel) -> None:
         detach_saving(model)
         return
     config = getattr(model.config, "quantization_config", None)
-    config = config if isinstance(config, LowBitConfig) else _config_of(layers)
+    if type(config) is LowBitConfig or not isinstance(config, LowBitConfig):  # no algorithm made it: the layers tell all
+        config = _config_of(layers)
     config.packed = all(isinstance(layer, PackedLinear | PackedEmbedding) for layer in layers)
     config.describe_model(model)
     if config.recipe is None:
@@ -270,13 +316,14 @@ def attach_quantizer(model: PreTrainedModel) -> None:
 
 def _config_of(layers: list[LowBitLayer]) -> LowBitConfig:
     """A config whose settings say what the layers are."""
-    linear = [layer.spec for layer in layers if not kind_of(layer).table]
-    tables = [layer.spec for layer in layers if kind_of(layer).table]
-    main = (linear or tables)[0]
+    own = [layer for layer in layers if layer.owner is layer]
+    linear = Counter(layer.spec for layer in own if not kind_of(layer).table).most_common(1)
+    tables = Counter(layer.spec for layer in own if kind_of(layer).table).most_common(1)
+    main = (linear or tables)[0][0]
     inputs = main.inputs
     return LowBitConfig(
         weight_bits=main.weight.bits,
-        embedding_bits=tables[0].weight.bits if tables else None,
+        embedding_bits=tables[0][0].weight.bits if tables else None,
         activation_bits=inputs.bits if inputs else None,
         granularity=main.weight.granularity,
         group_size=main.weight.group_size,

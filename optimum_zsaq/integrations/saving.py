@@ -8,8 +8,8 @@ import os
 import re
 import shutil
 import tempfile
+from functools import partial
 from pathlib import Path
-from types import MethodType
 from typing import Any
 
 from huggingface_hub import ModelCard
@@ -17,17 +17,19 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, 
 from transformers import PreTrainedModel
 from transformers.utils.hub import hf_api
 
+from ..layers import LowBitLayer
 from .model_card import MARK, model_card
 
 
-_METHODS = ("save_pretrained", "push_to_hub")
+_METHODS = ("save_pretrained", "push_to_hub", "resize_token_embeddings")
 _WEIGHT_FILES = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
 
 
 def attach_saving(model: PreTrainedModel) -> None:
     """Give a low-bit model the methods below."""
-    model.save_pretrained = MethodType(_save_pretrained, model)
-    model.push_to_hub = MethodType(_push_to_hub, model)
+    model.save_pretrained = partial(_save_pretrained, model)  # not a bound method: these do not survive a pickle
+    model.push_to_hub = partial(_push_to_hub, model)
+    model.resize_token_embeddings = partial(_resize_token_embeddings, model)
 
 
 def detach_saving(model: PreTrainedModel) -> None:
@@ -79,6 +81,27 @@ def _push_to_hub(self: PreTrainedModel, repo_id: str, **kwargs: Any) -> Any:
     with tempfile.TemporaryDirectory() as folder:
         self.save_pretrained(folder, max_shard_size=max_shard_size)
         return _upload(self, Path(folder), repo_id, **kwargs)
+
+
+def _resize_token_embeddings(
+    self: PreTrainedModel, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, **kwargs: Any
+) -> Any:
+    """As `PreTrainedModel.resize_token_embeddings`, but a table in low bits keeps its size.
+
+    Raises:
+        ValueError: another size is asked of such a table: transformers would resize its marker.
+    """
+    table = self.get_input_embeddings()
+    if not isinstance(table, LowBitLayer):
+        return type(self).resize_token_embeddings(self, new_num_tokens, pad_to_multiple_of, **kwargs)
+    multiple = pad_to_multiple_of or 1
+    wanted = -(-(new_num_tokens or table.num_embeddings) // multiple) * multiple
+    if wanted != table.num_embeddings:
+        raise ValueError(
+            f"a table in low bits of {table.num_embeddings} tokens cannot be resized to {wanted}; "
+            "call model.dequantize(), resize, and quantize again"
+        )
+    return table
 
 
 def _move(staging: Path, target: Path) -> None:
