@@ -44,24 +44,26 @@ def verify_files(files: list[str], table: dict[str, Any], required: bool = True)
         required (`bool`): refuse files without our header; False: check those that have one.
 
     Returns:
-        `set[str]`: the model's names of the tensors that were saved. (The files may have other names: transformers stores
-        some models so. Whether each was found is known when the model is loaded.)
+        `set[str]`: the model's names of the tensors that were saved and that no file has under this name. (transformers
+        stores some models under other names; whether a tensor is lost is known when the model is loaded.)
 
     Raises:
         CheckpointError: a file is cut short or changed, was not written by this package, or belongs to another config or
             to other files.
     """
     first: dict[str, int] | None = None
+    found: set[str] = set()
     for file in files:
         try:
-            crc = _verify_file(Path(file), table, required)
+            names, crc = _verify_file(Path(file), table, required)
         except (LookupError, TypeError, AttributeError, OverflowError, UnicodeDecodeError, json.JSONDecodeError) as error:
             raise _damaged(Path(file), f"its header cannot be read ({error!r})") from error
         if crc != (first := crc if first is None else first):
             raise CheckpointError(
                 f"{file} belongs to another checkpoint than {files[0]}; take all files from the same checkpoint"
             )
-    return set(first or ())
+        found |= names
+    return set(first or ()) - found
 
 
 def _damaged(file: Path, why: str) -> CheckpointError:
@@ -82,15 +84,15 @@ def read_header(file: Path) -> tuple[int, dict[str, Any]]:
         return 8 + length, json.loads(stream.read(length))
 
 
-def _verify_file(file: Path, table: dict[str, Any], required: bool) -> dict[str, int]:
-    """The checksums that a file's header has of all tensors, once its own are found to agree."""
+def _verify_file(file: Path, table: dict[str, Any], required: bool) -> tuple[set[str], dict[str, int]]:
+    """The names in a file, and the checksums that its header has of all tensors, once they are found to agree."""
     start, tensors = read_header(file)
     metadata = tensors.pop("__metadata__", {})
     expected = start + max((entry["data_offsets"][1] for entry in tensors.values()), default=0)
     if file.stat().st_size != expected:
         raise _damaged(file, f"it has {file.stat().st_size} bytes instead of {expected}")
     if HEADER_KEY not in metadata and not required:
-        return {}
+        return set(tensors), {}
     if HEADER_KEY not in metadata:
         raise CheckpointError(
             f"{file} has no optimum-zsaq header, so its codes cannot be checked: it was written or changed by another "
@@ -103,7 +105,7 @@ def _verify_file(file: Path, table: dict[str, Any], required: bool) -> dict[str,
             "take config.json and the safetensors files from the same checkpoint"
         )
     _verify_tensors(file, start, tensors, stored["crc32"])
-    return stored["crc32"]
+    return set(tensors), stored["crc32"]
 
 
 def _difference(stored: dict[str, Any], wanted: dict[str, Any]) -> str:

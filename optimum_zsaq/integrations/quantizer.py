@@ -88,7 +88,7 @@ class LowBitQuantizer(HfQuantizer):
     """Loads and saves low-bit models for transformers; one class for every algorithm.
 
     `found` names the layers whose weights were quantized as they were read; the others are new, and become float layers
-    again. `failures` says of which weights that was impossible. `saved` names the tensors that a checkpoint was saved with.
+    again. `failures` says of which weights that was impossible, `absent` which saved tensors the files do not name.
     """
 
     requires_calibration = False
@@ -100,7 +100,7 @@ class LowBitQuantizer(HfQuantizer):
             self.quantization_config = copy.copy(quantization_config)
         self.found: set[str] = set()
         self.failures: list[str] = []
-        self.saved: set[str] = set()
+        self.absent: set[str] = set()
         self._device_map: Any = None
 
     @property
@@ -162,7 +162,7 @@ class LowBitQuantizer(HfQuantizer):
                     f"{file} is no safetensors file and has no checksums; save with save_pretrained again"
                 )
         files = [file for file in files if file.endswith(".safetensors")]
-        self.saved = verify_files(files, config.stored_table(), required=config.packed)
+        self.absent = verify_files(files, config.stored_table(), required=config.packed)
         skeleton(model, config.table(model), config.packed)
         return model
 
@@ -199,9 +199,8 @@ class LowBitQuantizer(HfQuantizer):
 
     def _check_complete(self, model: PreTrainedModel) -> None:
         """Every tensor that was saved and that this model has must have been read; transformers would make a random one."""
-        saved = {body_name(model, name) for name in self.saved}
-        parameters = {body_name(model, name): parameter for name, parameter in model.named_parameters()}
-        lost = [name for name, parameter in parameters.items() if name in saved and not _is_read(parameter)]
+        absent = {body_name(model, name) for name in self.absent}
+        lost = [name for name, p in model.named_parameters() if body_name(model, name) in absent and not _is_read(p)]
         if lost:
             raise CheckpointError(
                 f"the checkpoint is incomplete or damaged: it was saved with {lost[:3]}, which its files do not have; "

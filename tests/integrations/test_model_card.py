@@ -10,7 +10,7 @@ from tiny_models import logits, make, quantized
 
 from optimum_zsaq import PreQuantConfig, prepare
 from optimum_zsaq.integrations.model_card import MARK, model_card
-from optimum_zsaq.report.size import measure_size
+from optimum_zsaq.size import measure_size
 from optimum_zsaq.surgery import low_bit_layers
 
 

@@ -46,7 +46,7 @@ def _fail(monkeypatch, error: BaseException, after: int = 0) -> None:
 
 
 ERRORS = {
-    "interrupted": KeyboardInterrupt(),
+    "interrupted": KeyboardInterrupt("Ctrl-C"),
     "no space": OSError(28, "No space left on device"),
     "killed by a library": RuntimeError("I/O error"),
 }
