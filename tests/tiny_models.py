@@ -35,96 +35,47 @@ def _roberta(**options) -> tf.PreTrainedConfig:
 
 
 def _distilbert(**options) -> tf.PreTrainedConfig:
-    return tf.DistilBertConfig(
-        vocab_size=VOCABULARY,
-        dim=HIDDEN,
-        hidden_dim=INNER,
-        n_layers=2,
-        n_heads=HEADS,
-        max_position_embeddings=80,
-        seq_classif_dropout=0.0,
-        **options,
-    )
+    sizes = {"vocab_size": VOCABULARY, "dim": HIDDEN, "hidden_dim": INNER, "n_layers": 2, "n_heads": HEADS}
+    return tf.DistilBertConfig(**{**sizes, "max_position_embeddings": 80, "seq_classif_dropout": 0.0, **options})
 
 
 def _electra(**options) -> tf.PreTrainedConfig:
-    return tf.ElectraConfig(**{"embedding_size": 16, **_COMMON, **options})
+    return tf.ElectraConfig(**{**_COMMON, "embedding_size": 16, **options})
 
 
 def _deberta(**options) -> tf.PreTrainedConfig:
-    return tf.DebertaV2Config(relative_attention=True, pos_att_type=["p2c", "c2p"], **_COMMON, **options)
+    return tf.DebertaV2Config(**{**_COMMON, "relative_attention": True, "pos_att_type": ["p2c", "c2p"], **options})
 
 
 def _opt(**options) -> tf.PreTrainedConfig:
-    return tf.OPTConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=HIDDEN,
-        ffn_dim=INNER,
-        word_embed_proj_dim=16,
-        num_hidden_layers=2,
-        num_attention_heads=HEADS,
-        max_position_embeddings=80,
-        pad_token_id=0,
-        **_TOKENS,
-        **options,
-    )
+    sizes = {name: value for name, value in _COMMON.items() if name != "intermediate_size"}
+    return tf.OPTConfig(**{**sizes, **_TOKENS, "ffn_dim": INNER, "word_embed_proj_dim": 16, **options})
 
 
 def _gpt2(**options) -> tf.PreTrainedConfig:
-    return tf.GPT2Config(
-        vocab_size=VOCABULARY,
-        n_embd=HIDDEN,
-        n_inner=INNER,
-        n_layer=2,
-        n_head=HEADS,
-        n_positions=80,
-        pad_token_id=0,
-        **_TOKENS,
-        **options,
-    )
+    sizes = {"vocab_size": VOCABULARY, "n_embd": HIDDEN, "n_inner": INNER, "n_layer": 2, "n_head": HEADS, "n_positions": 80}
+    return tf.GPT2Config(**{**sizes, **_TOKENS, "pad_token_id": 0, **options})
 
 
 def _llama(**options) -> tf.PreTrainedConfig:
-    return tf.LlamaConfig(**{"num_key_value_heads": 2, **_COMMON, **_TOKENS, **options})
+    return tf.LlamaConfig(**{**_COMMON, **_TOKENS, "num_key_value_heads": 2, **options})
 
 
 def _qwen(**options) -> tf.PreTrainedConfig:
-    return tf.Qwen2Config(**{"num_key_value_heads": 2, **_COMMON, **_TOKENS, **options})
+    return tf.Qwen2Config(**{**_COMMON, **_TOKENS, "num_key_value_heads": 2, **options})
 
 
 def _t5(**options) -> tf.PreTrainedConfig:
-    return tf.T5Config(
-        vocab_size=VOCABULARY,
-        d_model=HIDDEN,
-        d_kv=8,
-        d_ff=INNER,
-        num_layers=2,
-        num_heads=HEADS,
-        decoder_start_token_id=0,
-        pad_token_id=0,
-        eos_token_id=2,
-        **options,
-    )
+    sizes = {"vocab_size": VOCABULARY, "d_model": HIDDEN, "d_kv": 8, "d_ff": INNER, "num_layers": 2, "num_heads": HEADS}
+    return tf.T5Config(**{**sizes, "decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 2, **options})
 
 
 def _bart(**options) -> tf.PreTrainedConfig:
-    return tf.BartConfig(
-        vocab_size=VOCABULARY,
-        d_model=HIDDEN,
-        encoder_layers=1,
-        decoder_layers=1,
-        encoder_attention_heads=HEADS,
-        decoder_attention_heads=HEADS,
-        encoder_ffn_dim=INNER,
-        decoder_ffn_dim=INNER,
-        max_position_embeddings=80,
-        scale_embedding=True,
-        decoder_start_token_id=2,
-        forced_eos_token_id=2,
-        pad_token_id=0,
-        **_TOKENS,
-        **options,
-    )
+    sizes = {"vocab_size": VOCABULARY, "d_model": HIDDEN, "max_position_embeddings": 80, "scale_embedding": True}
+    for part in ("encoder", "decoder"):
+        sizes |= {f"{part}_layers": 1, f"{part}_attention_heads": HEADS, f"{part}_ffn_dim": INNER}
+    tokens = {**_TOKENS, "pad_token_id": 0, "decoder_start_token_id": 2, "forced_eos_token_id": 2}
+    return tf.BartConfig(**{**sizes, **tokens, **options})
 
 
 _LABELS = {"num_labels": LABELS}
@@ -179,11 +130,13 @@ def make(name: str, seed: int = 0, **options) -> PreTrainedModel:
     return model
 
 
-def quantized(name: str, folder: Path, seed: int = 0, dtype: torch.dtype | None = None, **settings) -> PreTrainedModel:
+def quantized(
+    name: str, folder: Path, model_seed: int = 0, dtype: torch.dtype | None = None, **settings
+) -> PreTrainedModel:
     """A model of `MODELS`, saved float as `folder / "float"` and quantized on load; `settings` are PreQuantConfig's."""
     from optimum_zsaq import PreQuantConfig
 
-    make(name, seed).save_pretrained(folder / "float")
+    make(name, model_seed).save_pretrained(folder / "float")
     return MODELS[name][0].from_pretrained(folder / "float", quantization_config=PreQuantConfig(**settings), dtype=dtype)
 
 

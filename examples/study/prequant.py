@@ -17,6 +17,7 @@ from runner import Cell
 
 
 OUTLIERS = 0.005
+CRITERIA = ("error", "row", "chance")  # of choosing outliers, beside the package's own
 CALIBRATION = "glue/SST-2/tuning.tsv"
 MODELS = {
     "sst2": ("models/minilm-sst2", "AutoModelForSequenceClassification"),
@@ -35,6 +36,7 @@ def cell(task: str, bits: int, embedding_bits: int | None, seed: int = 0, **opti
     granularity, ranges = options.get("granularity", "row"), options.get("ranges", "mse")
     parts = [f"w{bits}a8e{embedding_bits or 'f'}", granularity, ranges]
     parts += [f"outliers{options['outliers']}"] if "outliers" in options else []
+    parts += [f"by-{options['criterion']}"] if "criterion" in options else []
     if "activations" in options:
         parts.append("static-tuning" if "calibration_data" in options else "static-sampled")
     settings = {"weight_bits": bits, "embedding_bits": embedding_bits, "activation_bits": 8, "seed": seed, **options}
@@ -51,7 +53,10 @@ def cells() -> list[Cell]:
             found.append(cell("sst2", bits, table_bits, granularity="tensor", **outliers))
             found.append(cell("sst2", bits, table_bits, granularity="group", group_size=64, **outliers))
         found += [cell("sst2", bits, table_bits, ranges=ranges) for ranges in ("minmax", "lsq")]
+    found += [cell(task, 4, 8, **outliers) for task in MODELS for outliers in with_outliers]  # the default widths
     found.append(cell("sst2", 2, BITS[2], ranges="ternary"))
+    for bits in (4, 3, 2):
+        found += [cell("sst2", bits, BITS[bits], outliers=OUTLIERS, criterion=name) for name in CRITERIA]
     for bits in (8, 4):
         found.append(cell("sst2", bits, bits, activations="static", calibration_data=CALIBRATION))
         found += [cell("sst2", bits, bits, seed=seed, activations="static") for seed in range(3)]
@@ -75,9 +80,16 @@ def run_cell(cell: Cell, data: Path) -> dict[str, Any]:
     if cell.method == "float":
         return {**_MEASURES[cell.task](reference, None, data), **_file_size(data / path)}
     settings = dict(cell.settings)
+    criterion = settings.pop("criterion", None)
     if "calibration_data" in settings:
         settings["calibration_data"] = str(data / settings["calibration_data"])
-    model = model_class.from_pretrained(data / path, quantization_config=PreQuantConfig(**settings))
+    config = PreQuantConfig(**settings)
+    if criterion is None:
+        model = model_class.from_pretrained(data / path, quantization_config=config)
+    else:
+        from criteria import quantize_by
+
+        model = quantize_by(model_class.from_pretrained(data / path, dtype=torch.float32), config.scheme(), criterion)
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         reloaded = model_class.from_pretrained(folder).eval()

@@ -9,6 +9,7 @@ from bootstrap import from_bitmap, paired_interval
 
 Rows = dict[str, dict[str, Any]]
 BITS = {8: 8, 4: 4, 3: 4, 2: 4}  # of Linear layers: of the embedding table beside them
+SCHEMES = ((8, 8), (4, 8), *list(BITS.items())[1:])  # the same and PreQuantConfig's default, W4 and E8
 OUTLIERS = "-outliers0.005"
 
 # Bars and figures that were set before these measurements: issue 2, checks 2 and 3. Rounding: "row-wise, Linear only".
@@ -19,7 +20,7 @@ TITLES = {"wikitext": "wikitext-opt", "stories": "stories260K", "g2p": "bart-g2p
 
 def all_tables(rows: Rows) -> dict[str, str]:
     """Every table by name, as Markdown."""
-    makers: Sequence[Callable[[Rows], str]] = (checks, sst2, outliers, ranges, inputs, writers, circumstances)
+    makers: Sequence[Callable[[Rows], str]] = (checks, sst2, outliers, criteria, ranges, inputs, writers, circumstances)
     return {maker.__name__: maker(rows) for maker in makers}
 
 
@@ -82,7 +83,7 @@ def checks(rows: Rows) -> str:
                 bar = 1.01 * reference["perplexity"]
                 measured, name = row["perplexity"], f"{TITLES[task]} perplexity, W8A8 {_embedding(embeddings)}"
                 add(name, f"≤ {bar:.3f}", f"{measured:.3f}", measured <= bar)
-        for embeddings in ("f", "4"):
+        for embeddings in ("f", "8", "4"):
             if row := find(rows, task, f"w4a8e{embeddings}-row-mse"):
                 bar, measured = 1.01 * rounding, row["perplexity"]
                 name = f"{TITLES[task]} perplexity, W4A8 {_embedding(embeddings)}"
@@ -112,7 +113,7 @@ def sst2(rows: Rows) -> str:
     if reference is None:
         return ""
     found = [["float32", "", "", percent(reference["accuracy"]), "", "", "", f"{mebibytes(reference)} (float16)"]]
-    for bits, table_bits in BITS.items():
+    for bits, table_bits in SCHEMES:
         for granularity in ("tensor", "row", "group"):
             for ending in ("", OUTLIERS):
                 if row := find(rows, "sst2", f"w{bits}a8e{table_bits}-{granularity}-mse{ending}"):
@@ -133,7 +134,7 @@ def _on_test(row: dict[str, Any]) -> list[str]:
 def outliers(rows: Rows) -> str:
     """What the outliers change, each row with and without them."""
     found = []
-    for bits, table_bits in BITS.items():
+    for bits, table_bits in SCHEMES:
         for granularity in ("tensor", "row", "group"):
             scheme = f"w{bits}a8e{table_bits}-{granularity}-mse"
             without, kept = find(rows, "sst2", scheme), find(rows, "sst2", scheme + OUTLIERS)
@@ -146,6 +147,17 @@ def outliers(rows: Rows) -> str:
                 name = "group of 64" if granularity == "group" else granularity
                 found.append([f"W{bits}A8E{table_bits}", name, change, difference, size])
     return markdown(["scheme", "granularity", "KL on test", "accuracy, with − without [95 %]", "bytes"], found)
+
+
+def criteria(rows: Rows) -> str:
+    """KL of the ways to choose 0.5 % outliers, per row."""
+    found = []
+    endings = ["", OUTLIERS, *(f"{OUTLIERS}-by-{name}" for name in ("error", "row", "chance"))]
+    for bits in (4, 3, 2):
+        cells = [find(rows, "sst2", f"w{bits}a8e{BITS[bits]}-row-mse{ending}") for ending in endings]
+        found.append([f"W{bits}A8E{BITS[bits]}", *(f"{row['test_kl']:.4f}" if row else "" for row in cells)])
+    kinds = ["largest magnitude", "largest rounding error", "largest magnitude / row's deviation", "by chance"]
+    return markdown(["scheme", "none", *kinds], found)
 
 
 def ranges(rows: Rows) -> str:
@@ -182,9 +194,8 @@ def _mean(values: list[float], digits: int) -> str:
 def writers(rows: Rows) -> str:
     """The language models and the spelling-to-phonemes model, per row."""
     found = []
-    schemes = [
-        f"w{bits}a8e{e}-row-mse{o}" for bits, table_bits in BITS.items() for e in ("f", table_bits) for o in ("", OUTLIERS)
-    ]
+    pairs = [(bits, e) for bits in BITS for e in ("f", *(t for b, t in SCHEMES if b == bits))]
+    schemes = [f"w{bits}a8e{e}-row-mse{ending}" for bits, e in pairs for ending in ("", OUTLIERS)]
     for scheme in ["float", *schemes]:
         cells = [find(rows, task, scheme) for task in TITLES]
         if any(cells):

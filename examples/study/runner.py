@@ -187,6 +187,7 @@ def _finished(study: str, data: Path, cells: list[Cell], workers: int) -> Iterat
                     pool[-1].give(waiting.pop())
                 elif worker.process.is_alive():
                     worker.give(None)
+                    worker.process.join()
                 yield cell, row, error
     finally:
         for worker in pool:

@@ -29,7 +29,7 @@ RAISES = {
     "activation bits": ({"activation_bits": 0}, "activation_bits=0 is not a width.*, or None to leave them float"),
     "granularity": (
         {"granularity": "column"},
-        r"granularity='column' is not allowed; use one of \('row', 'tensor', 'group'",
+        r"granularity='column' is not allowed; use one of \('row', 'tensor'",
     ),
     "ranges": ({"ranges": "max"}, r"ranges='max' is not allowed; use one of \('mse', 'minmax', 'lsq', 'ternary'\)"),
     "activations": ({"activations": "off"}, r"activations='off' is not allowed; use one of \('dynamic', 'static'\)"),

@@ -147,7 +147,6 @@ def test_pairs_become_batches(tmp_path):
     model.config.name_or_path = str(tmp_path)
     (batch,) = text_batches(model, [{"text": "w5", "text_pair": "w6 w7"}, {"text": "w8"}], 5)
     assert batch["input_ids"][0].tolist() == [1, 5, 2, 6, 7, 2]
-    assert batch["token_type_ids"][0].tolist() == [0, 0, 0, 1, 1, 1]
 
 
 @pytest.mark.parametrize("limit", [80, int(1e30)], ids=["told", "untold"])

@@ -120,7 +120,7 @@ def test_pickled_model_runs_and_saves(checkpoint, tmp_path, name, how):
 @pytest.mark.parametrize("assign", [False, True])
 def test_load_state_dict_after_a_forward(checkpoint, tmp_path, name, assign):
     """What "fast" keeps of the codes must not outlive them."""
-    model, other = checkpoint(name), quantized(name, tmp_path, seed=5)
+    model, other = checkpoint(name), quantized(name, tmp_path, model_seed=5)
     assert not torch.equal(logits(model), logits(other))
     model.load_state_dict(other.state_dict(), assign=assign)
     assert torch.equal(logits(model), logits(other))

@@ -247,7 +247,7 @@ def test_shards_hold_the_tensors_of_the_whole_file(saved, tmp_path):
 def test_shards_of_two_checkpoints(saved, tmp_path):
     """Each shard is whole, but they do not belong together: same scheme, other weights."""
     for seed in (0, 1):
-        model = quantized("bert-cls", tmp_path / str(seed), seed=seed)
+        model = quantized("bert-cls", tmp_path / str(seed), model_seed=seed)
         model.save_pretrained(tmp_path / f"saved{seed}", max_shard_size="10KB")
     second = sorted((tmp_path / "saved1").glob("*.safetensors"))[1]
     shutil.copy(second, tmp_path / "saved0" / second.name)

@@ -22,7 +22,7 @@ CLS = tf.BertForSequenceClassification
 def models(tmp_path_factory):
     """Two packed models of one architecture."""
     root = tmp_path_factory.mktemp("models")
-    return [quantized("bert-cls", root / str(seed), seed=seed, weight_bits=2 + seed) for seed in (0, 1)]
+    return [quantized("bert-cls", root / str(seed), model_seed=seed, weight_bits=2 + seed) for seed in (0, 1)]
 
 
 def _listing(folder: Path) -> dict[str, bytes]:
