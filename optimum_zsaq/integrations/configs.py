@@ -76,6 +76,8 @@ class LowBitConfig(QuantizationConfigMixin):
         **stored: Any,
     ):
         self._check_fields(stored)
+        if stored.get("quant_method", QUANT_METHOD) != QUANT_METHOD:
+            raise ValueError(f"quant_method={stored['quant_method']!r} is another package's; ours is {QUANT_METHOD!r}")
         self.quant_method = QUANT_METHOD
         self.format_version = stored.get("format_version", FORMAT_VERSION)
         self.packed = stored.get("packed", True)
@@ -84,7 +86,7 @@ class LowBitConfig(QuantizationConfigMixin):
         self.weight_bits, self.embedding_bits, self.activation_bits = weight_bits, embedding_bits, activation_bits
         self.granularity, self.group_size, self.symmetric = granularity, group_size, symmetric
         self.ranges, self.activations = ranges, activations
-        self.modules_to_not_convert = None if modules_to_not_convert is None else list(modules_to_not_convert)
+        self.modules_to_not_convert = _list_of_names(modules_to_not_convert)
         self.outliers = outliers
         self.runtime = runtime
         self.calibration_data, self.calibration_samples, self.seed = calibration_data, calibration_samples, seed
@@ -116,6 +118,7 @@ class LowBitConfig(QuantizationConfigMixin):
             ("activations", ("dynamic", "static")),
             ("runtime", RUNTIMES),
             ("symmetric", (True, False)),
+            ("packed", (True, False)),
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not allowed; use one of {allowed}")
@@ -141,12 +144,12 @@ class LowBitConfig(QuantizationConfigMixin):
             )
         if self.activations == "static" and self.activation_bits is None:
             raise ValueError("activations='static' needs a width; use activation_bits=8 or activations='dynamic'")
-        if self.outliers is not None and not 0.0 < self.outliers < 1.0:
+        if self.outliers is not None and not (isinstance(self.outliers, int | float) and 0.0 < self.outliers < 1.0):
             raise ValueError(f"outliers={self.outliers!r} is not a share of the weights; use a number in (0, 1) or None")
-        if self.calibration_samples < 1:
+        if not isinstance(self.seed, int):
+            raise ValueError(f"seed={self.seed!r} is not an integer; use one, such as 0")
+        if not isinstance(self.calibration_samples, int) or self.calibration_samples < 1:
             raise ValueError(f"calibration_samples={self.calibration_samples!r} is not a count; use at least 1")
-        if isinstance(self.modules_to_not_convert, str):
-            raise ValueError(f"modules_to_not_convert={self.modules_to_not_convert!r} is a string; use a list of strings")
         self.scheme()
         if self.modules is not None:
             try:
@@ -297,6 +300,16 @@ def body_name(model: nn.Module, name: str) -> str:
     """A module's name as checkpoints write it: without the prefix of the pre-trained body."""
     prefix = getattr(model, "base_model_prefix", "")
     return name.removeprefix(f"{prefix}.") if prefix else name
+
+
+def _list_of_names(names: Any) -> list[str] | None:
+    if names is None:
+        return None
+    if not isinstance(names, list | tuple | set) or not all(isinstance(name, str) for name in names):
+        raise ValueError(
+            f"modules_to_not_convert={names!r} is not what is needed; use a list of strings, such as ['pooler']"
+        )
+    return list(names)
 
 
 class _TableError(ValueError):

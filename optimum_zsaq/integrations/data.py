@@ -46,6 +46,8 @@ def read_file(path: str | Path) -> Any:
     if path.suffix == ".tsv":
         options = {"sep": "\t", "quoting": 3}
     disable_progress_bar()
+    if not path.read_bytes()[:1]:
+        raise ValueError(f"{path} is empty and holds no text; give a file with at least one line")
     return load_dataset(_READERS[path.suffix], data_files=str(path), split="train", **options)
 
 
@@ -63,7 +65,7 @@ def read_texts(data: Any, limit: int) -> list[dict[str, str]]:
     """
     if isinstance(data, str | Path):
         data = read_file(data)
-    if hasattr(data, "column_names"):
+    if isinstance(getattr(data, "column_names", None), list) and hasattr(data, "select"):
         data = list(data.select(range(min(limit, len(data)))))
     if not isinstance(data, list | tuple):
         raise TypeError(
@@ -102,7 +104,10 @@ def find_tokenizer(model: PreTrainedModel) -> PreTrainedTokenizerBase:
     Raises:
         ValueError: there is none.
     """
-    tokenizer = load_tokenizer(model.config.name_or_path)
+    try:
+        tokenizer = load_tokenizer(model.config.name_or_path)
+    except ValueError as error:
+        raise ValueError(f"{error}, or call optimum_zsaq.calibrate(model, batches) with token ids") from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -120,17 +125,23 @@ def text_batches(model: PreTrainedModel, data: Any, limit: int) -> Iterator[Batc
             pairs,
             padding=True,
             truncation=True,
-            max_length=_MAX_LENGTH,
+            max_length=_fitting(model, _MAX_LENGTH),
             return_tensors="pt",
         )
         yield complete_batch(model, dict(batch))
 
 
-def sampled_batches(model: PreTrainedModel, count: int, seed: int) -> Iterator[Batch]:
-    """`count` sequences of 64 tokens drawn uniformly from the vocabulary: calibration without data.
+def _fitting(model: PreTrainedModel, length: int) -> int:
+    """A sequence length that the model has positions for; two are spared, because some count from the padding id on."""
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return length if positions is None else min(length, positions - 2)
 
-    Special tokens are kept out of the middle and, where the tokenizer puts them, at the ends. A causal language model
-    writes the sequences itself, by sampling from its own distribution after one random token.
+
+def sampled_batches(model: PreTrainedModel, count: int, seed: int) -> Iterator[Batch]:
+    """`count` sequences of at most 64 tokens drawn uniformly from the vocabulary: calibration without data.
+
+    Special tokens are kept out of the middle and stand at the ends, where the tokenizer or the config has some. A causal
+    language model writes the sequences itself, by sampling from its own distribution after one random token.
     """
     generator = torch.Generator().manual_seed(seed)
     try:
@@ -138,13 +149,16 @@ def sampled_batches(model: PreTrainedModel, count: int, seed: int) -> Iterator[B
     except ValueError:
         tokenizer = None
     allowed = _plain_tokens(model, tokenizer)
+    length, end = _fitting(model, _SAMPLED_LENGTH), getattr(model.config, "eos_token_id", None)
     for start in range(0, count, _BATCH_SIZE):
         size = min(_BATCH_SIZE, count - start)
-        ids = allowed[torch.randint(len(allowed), (size, _SAMPLED_LENGTH), generator=generator)]
+        ids = allowed[torch.randint(len(allowed), (size, length), generator=generator)]
         if model.can_generate() and not model.config.is_encoder_decoder:
-            ids = _continue(model, ids[:, :1], seed + start)
+            ids = _continue(model, ids[:, :1], length, seed + start)
         elif tokenizer is not None:
             ids = torch.tensor([_with_special_tokens(tokenizer, row) for row in ids.tolist()])
+        elif end is not None:
+            ids[:, -1] = end
         yield complete_batch(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
 
 
@@ -160,14 +174,14 @@ def _plain_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | N
 def _with_special_tokens(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
     first = [i for i in (tokenizer.cls_token_id, tokenizer.bos_token_id) if i is not None][:1]
     last = [i for i in (tokenizer.sep_token_id, tokenizer.eos_token_id) if i is not None][:1]
-    return [*first, *ids[: _SAMPLED_LENGTH - len(first) - len(last)], *last]
+    return [*first, *ids[: len(ids) - len(first) - len(last)], *last]
 
 
-def _continue(model: PreTrainedModel, ids: Tensor, seed: int) -> Tensor:
+def _continue(model: PreTrainedModel, ids: Tensor, length: int, seed: int) -> Tensor:
     """Extend sequences with samples from the model's own distribution; the global random state is left alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        new = _SAMPLED_LENGTH - ids.shape[1]
+        new = length - ids.shape[1]
         return model.generate(
             ids.to(model.device),
             attention_mask=torch.ones_like(ids, device=model.device),

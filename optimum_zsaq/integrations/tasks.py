@@ -73,4 +73,4 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
 
 
 def _no_tokenizer(path: str | Path) -> str:
-    return f"no tokenizer was found at {str(path)!r}; save it there with tokenizer.save_pretrained({str(path)!r})"
+    return f"no tokenizer was found at {str(path)!r}; save the model's tokenizer there"
