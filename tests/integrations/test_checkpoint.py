@@ -224,6 +224,23 @@ def test_one_bit_of_one_shard(shards, position):
         CLS.from_pretrained(shards)
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_one_bit_of_a_fake_quantized_checkpoint(tmp_path, seed):
+    quantized("bert-cls", tmp_path, packed=False).save_pretrained(tmp_path / "saved")
+    file, generator = tmp_path / "saved" / WEIGHTS, random.Random(seed)
+    _flip(file, generator.randrange(8 + _header_length(file), file.stat().st_size), generator.randrange(8))
+    with pytest.raises(CheckpointError, match="is damaged: the bytes of"):
+        CLS.from_pretrained(tmp_path / "saved")
+
+
+def test_a_fake_quantized_checkpoint_is_not_packed_by_its_config(tmp_path):
+    quantized("bert-cls", tmp_path, packed=False).save_pretrained(tmp_path / "saved")
+    path = tmp_path / "saved" / "config.json"
+    path.write_text(path.read_text().replace('"packed": false', '"packed": true'))
+    with pytest.raises(CheckpointError, match="config and the weights disagree.*packed"):
+        CLS.from_pretrained(tmp_path / "saved")
+
+
 # config.json edited -----------------------------------------------------------------------------------------------------
 
 

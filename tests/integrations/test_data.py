@@ -1,6 +1,7 @@
 """Calibration data: every kind that a user may give, errors that say what to give, and sampled sequences."""
 
 import json
+import pickle
 import random
 
 import numpy as np
@@ -215,6 +216,16 @@ def test_calibrated_on_load_as_by_hand(tmp_path, kind):
     assert loaded.config.quantization_config.recipe["calibration"] == {**describe_data(TEXTS, 2), "kind": expected}
 
 
+def test_the_texts_do_not_stay_in_the_model(tmp_path):
+    """Of data only its kind, count and hash are kept: a pickled model must not carry the texts."""
+    make("bert-cls").save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    config = PreQuantConfig(activations="static", calibration_data=["w77 w78 secret"])
+    model = tf.BertForSequenceClassification.from_pretrained(tmp_path, quantization_config=config)
+    assert b"w77 w78 secret" not in pickle.dumps(model)
+    assert config.calibration_data == ["w77 w78 secret"]
+
+
 def test_ranges_follow_the_data(tmp_path):
     make("bert-cls").save_pretrained(tmp_path)
     make_tokenizer().save_pretrained(tmp_path)
@@ -297,6 +308,19 @@ def test_models_with_few_positions(tmp_path, name):
     config = PreQuantConfig(activations="static", calibration_samples=2)
     loaded = type(model).from_pretrained(tmp_path, quantization_config=config)
     assert all(scale > 0 for scale in _ranges(loaded).values())
+
+
+@pytest.mark.parametrize("name", ["bart-cls", "llama-cls", "llama-tied"])
+def test_models_with_several_end_tokens(tmp_path, name):
+    """As Llama 3 has them: `eos_token_id` is a list."""
+    model = make(name, eos_token_id=[2, 3])
+    if model.can_generate():
+        model.generation_config.eos_token_id = [2, 3]
+    if name == "bart-cls":  # its head looks for one
+        model.config.eos_token_id = 2
+    (batch,) = sampled_batches(model, 2, 0)
+    assert batch["input_ids"].shape == (2, 64)
+    assert not torch.isin(batch["input_ids"][:, 1:-1], torch.tensor([2, 3])).any() or model.can_generate()
 
 
 def test_complete_batch():

@@ -9,7 +9,7 @@ from transformers.pytorch_utils import Conv1D
 
 from optimum_zsaq import PreQuantConfig, pack, prepare, unpack
 from optimum_zsaq.integrations.models import TransformersReader
-from optimum_zsaq.layers import PackedTransposedLinear
+from optimum_zsaq.layers import PackedLinear, PackedTransposedLinear
 from optimum_zsaq.surgery import reader_of
 
 
@@ -124,7 +124,7 @@ def test_embedding_subclasses_with_a_forward_of_their_own():
 
 
 def test_composite_models():
-    """An encoder-decoder of two bodies: both are read, both heads stay float."""
+    """An encoder-decoder of two models: both bodies are read, the heads inside stay float."""
     config = tf.EncoderDecoderConfig.from_encoder_decoder_configs(MODELS["bert"][1](), MODELS["bert"][1]())
     torch.manual_seed(0)
     model = tf.EncoderDecoderModel(config).eval()
@@ -132,3 +132,6 @@ def test_composite_models():
     prepare(model, PreQuantConfig().scheme())
     fake = logits(model)
     assert torch.equal(logits(pack(model)), fake)
+    assert isinstance(model.encoder.encoder.layer[0].output.dense, PackedLinear)
+    assert isinstance(model.decoder.bert.encoder.layer[0].output.dense, PackedLinear)
+    assert type(model.decoder.cls.predictions.transform.dense) is nn.Linear

@@ -343,6 +343,30 @@ def test_device_map(tmp_path, name, device_map):
     assert torch.equal(logits(model), logits(expected))
 
 
+@pytest.mark.parametrize("kind", ["shards", "bin", "subfolder", "base"])
+def test_kinds_of_float_checkpoints(tmp_path, kind):
+    """However the float weights are stored, they are quantized to the same numbers."""
+    expected = quantized("bert-cls", tmp_path)
+    model, options = make("bert-cls"), {"quantization_config": PreQuantConfig()}
+    folder = tmp_path / "other"
+    if kind == "subfolder":
+        model.save_pretrained(folder / "inner")
+        options["subfolder"] = "inner"
+    else:
+        model.save_pretrained(folder, max_shard_size="20KB" if kind == "shards" else "5GB")
+    if kind == "bin":
+        torch.save(model.state_dict(), folder / "pytorch_model.bin")
+        (folder / "model.safetensors").unlink()
+    if kind == "base":  # names without the body's prefix, as a base model has them
+        tensors = load_file(folder / "model.safetensors")
+        save_file({n.removeprefix("bert."): t for n, t in tensors.items()}, folder / "model.safetensors", {"format": "pt"})
+    loaded, info = type(model).from_pretrained(folder, output_loading_info=True, **options)
+    assert not any(info.values())
+    assert torch.equal(logits(loaded), logits(expected))
+    loaded.save_pretrained(tmp_path / "saved")
+    assert torch.equal(logits(type(model).from_pretrained(tmp_path / "saved")), logits(expected))
+
+
 def test_quantizing_onto_disk_is_refused(tmp_path):
     """transformers reads an offloaded weight from the float checkpoint again, under the marker's name."""
     device_map = {"model.embed_tokens": "cpu", "model.layers": "disk", "model.norm": "cpu", "lm_head": "cpu"}

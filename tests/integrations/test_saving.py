@@ -150,6 +150,18 @@ def test_a_persons_readme_in_the_target_stays(models, tmp_path):
     assert "Weeks of notes" in (tmp_path / "README.md").read_text()
 
 
+def test_a_readme_in_another_encoding_stays(models, tmp_path):
+    (tmp_path / "README.md").write_bytes("# Größe\n".encode("latin-1"))
+    models[0].save_pretrained(tmp_path)
+    assert (tmp_path / "README.md").read_bytes() == "# Größe\n".encode("latin-1")
+
+
+def test_options_that_transformers_ignores_are_ignored(models, tmp_path):
+    """Much code still says `safe_serialization=True`, which is what happens anyway."""
+    models[0].save_pretrained(tmp_path, safe_serialization=True)
+    assert torch.equal(logits(CLS.from_pretrained(tmp_path)), logits(models[0]))
+
+
 def test_our_own_readme_is_written_anew(models, tmp_path):
     for model, bits in zip(models, (2, 3), strict=True):
         model.save_pretrained(tmp_path)
