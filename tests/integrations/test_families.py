@@ -42,9 +42,7 @@ SCHEMES = {
     "weights-only": {"embedding_bits": None, "activation_bits": None},
     "static": {"activations": "static", "calibration_samples": 4},
 }
-# One model of each way to hold a weight: with and without a tie, (I, O) weights, scaled and second tables, odd heads.
-SCHEME_MODELS = ("bert-cls", "gpt2-tied", "t5-untied", "bart-tied")
-DTYPE_MODELS = (
+HALF_MODELS = (
     "bert-cls",
     "roberta-cls",
     "distilbert-mlm-tied",
@@ -79,9 +77,13 @@ class Case:
 
 CASES = [
     *(Case(model) for model in MODELS),
-    *(Case(model, dtype=dtype) for model in DTYPE_MODELS for dtype in (torch.bfloat16, torch.float16)),
+    *(Case(model, dtype=torch.bfloat16) for model in HALF_MODELS),
+    *(Case(model, dtype=torch.float16) for model in ("bert-cls", "gpt2-untied", "llama-tied", "t5-tied", "bart-tied")),
     *(Case("llama-tied", f"bits{bits}") for bits in (2, 3, 5, 6, 7, 8)),
-    *(Case(model, scheme) for model in SCHEME_MODELS for scheme in SCHEMES if not scheme.startswith(("default", "bits"))),
+    *(Case("bert-cls", scheme) for scheme in SCHEMES if not scheme.startswith(("default", "bits"))),
+    *(Case(model, scheme) for model in ("gpt2-tied", "t5-untied", "bart-tied") for scheme in ("all", "static", "ternary")),
+    Case("gpt2-tied", "group"),
+    Case("bart-tied", "outliers"),
     *(Case(model, packed=False) for model in MODELS),
     *(Case("gpt2-tied", scheme, packed=False) for scheme in ("ternary", "outliers", "all", "asymmetric")),
     *(Case(model, dtype=torch.bfloat16, packed=False) for model in ("bart-tied", "bert-cls")),
@@ -126,10 +128,13 @@ def _auto_class(name: str) -> str:
 
 
 def _float_model(case: Case, folder: Path):
-    """The float model in a case's dtype, as transformers loads it: it keeps some layers of a T5 in float32."""
-    model = make(case.model)
-    model.to(case.dtype).save_pretrained(folder)
-    return type(model).from_pretrained(folder, dtype=case.dtype)
+    """The float model in a case's dtype, also saved.
+
+    A half-precision one is as transformers loads it, with rotary frequencies and a T5's `wo` in float32.
+    """
+    model = make(case.model).to(case.dtype)
+    model.save_pretrained(folder)
+    return model if case.dtype == torch.float32 else type(model).from_pretrained(folder, dtype=case.dtype)
 
 
 def _make(case: Case, root: Path) -> dict:

@@ -288,7 +288,7 @@ def test_folder_that_is_no_model(tmp_path):
 
 def test_no_tokenizer(tmp_path):
     make("bart-untied").save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="no tokenizer was found at .*; save it there"):
+    with pytest.raises(ValueError, match="no tokenizer was found at .*; save the model"):
         ev.load_tokenizer(tmp_path)
 
 
