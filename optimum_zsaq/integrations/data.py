@@ -149,7 +149,7 @@ def sampled_batches(model: PreTrainedModel, count: int, seed: int) -> Iterator[B
     except ValueError:
         tokenizer = None
     allowed = _plain_tokens(model, tokenizer)
-    length, end = _fitting(model, _SAMPLED_LENGTH), getattr(model.config, "eos_token_id", None)
+    length, end = _fitting(model, _SAMPLED_LENGTH), next(iter(_token_ids(model, "eos_token_id")), None)
     for start in range(0, count, _BATCH_SIZE):
         size = min(_BATCH_SIZE, count - start)
         ids = allowed[torch.randint(len(allowed), (size, length), generator=generator)]
@@ -167,8 +167,14 @@ def _plain_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | N
     special = set() if tokenizer is None else set(tokenizer.all_special_ids)
     if tokenizer is None:
         names = ("pad_token_id", "bos_token_id", "eos_token_id")
-        special = {getattr(model.config, name, None) for name in names}
+        special = {token for name in names for token in _token_ids(model, name)}
     return torch.tensor([token for token in range(size) if token not in special])
+
+
+def _token_ids(model: PreTrainedModel, name: str) -> list[int]:
+    """A config's token id, or ids: some models have several end tokens."""
+    ids = getattr(model.config, name, None)
+    return [] if ids is None else list(ids) if isinstance(ids, list | tuple) else [ids]
 
 
 def _with_special_tokens(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:

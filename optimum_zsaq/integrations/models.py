@@ -50,7 +50,7 @@ def _heads(model: PreTrainedModel) -> set[int]:
     The body is `base_model`; of a model that is its own base but is built of other models (T5ForQuestionAnswering), those.
     """
     parts = [module for module in model.modules() if isinstance(module, PreTrainedModel) and module is not model]
-    bodies = [model.base_model] if model.base_model is not model else parts or [model]
+    bodies = [model.base_model] if model.base_model is not model else [part.base_model for part in parts] or [model]
     body = {id(module) for part in bodies for module in part.modules()}
     output = model.get_output_embeddings()
     return {id(module) for module in model.modules() if id(module) not in body or module is output}

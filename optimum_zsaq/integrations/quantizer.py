@@ -192,6 +192,7 @@ class LowBitQuantizer(HfQuantizer):
         set_runtime(model, config.runtime)
         if not self.pre_quantized:
             data = calibrate_on_load(model, config)
+            config.calibration_data = None  # the model must not carry its user's texts
             config.describe_model(model)
             write_recipe(model, config, data)
         attach_saving(model)

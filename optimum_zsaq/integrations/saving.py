@@ -58,6 +58,7 @@ def _save_pretrained(
     """
     if state_dict is not None:
         raise ValueError("a low-bit model saves its own tensors; leave out state_dict=, or load it into the model first")
+    options.pop("safe_serialization", None)  # what happens anyway; transformers ignores it too
     unknown = [name for name in options if name not in (*_SAVE_OPTIONS, *_HUB_OPTIONS)]
     if unknown:
         raise TypeError(f"save_pretrained has no option {unknown[0]!r}; it has {sorted((*_SAVE_OPTIONS, *_HUB_OPTIONS))}")
@@ -91,7 +92,7 @@ def _saves_otherwise(model: PreTrainedModel, is_main_process: bool, options: dic
 def _write_card(model: PreTrainedModel, staging: Path, target: Path) -> None:
     """A README.md that a person wrote stays."""
     there = target / "README.md"
-    if not there.exists() or MARK in there.read_text(encoding="utf-8"):
+    if not there.exists() or MARK in there.read_text(encoding="utf-8", errors="replace"):
         (staging / "README.md").write_text(model_card(model, target.name), encoding="utf-8")
 
 

@@ -304,7 +304,7 @@ def test_t5_dtype_probe(tmp_path, dtype):
 
 def test_config_from_a_dict_and_from_json(tmp_path):
     """A dict names the quant_method, as transformers asks; without an algorithm it is the common config."""
-    expected = quantized("bert-cls", tmp_path, weight_bits=3, granularity="tensor")
+    expected = quantized("bert-cls", tmp_path, weight_bits=3, granularity="tensor", ranges="mse")
     fields = {"quant_method": "zsaq", "algorithm": "prequant", "weight_bits": 3, "granularity": "tensor"}
     (tmp_path / "config.json").write_text(json.dumps(fields))
     folder, cls = tmp_path / "float", tf.BertForSequenceClassification
@@ -338,7 +338,7 @@ def test_a_users_config_can_be_used_twice(tmp_path):
 )
 @pytest.mark.parametrize("name", ["bert-cls", "llama-tied"])
 def test_device_map(tmp_path, name, device_map):
-    expected = quantized(name, tmp_path)
+    expected = quantized(name, tmp_path, ranges="mse")
     model = type(expected).from_pretrained(tmp_path / "float", quantization_config=PreQuantConfig(), device_map=device_map)
     assert torch.equal(logits(model), logits(expected))
 
@@ -346,7 +346,7 @@ def test_device_map(tmp_path, name, device_map):
 @pytest.mark.parametrize("kind", ["shards", "bin", "subfolder", "base"])
 def test_kinds_of_float_checkpoints(tmp_path, kind):
     """However the float weights are stored, they are quantized to the same numbers."""
-    expected = quantized("bert-cls", tmp_path)
+    expected = quantized("bert-cls", tmp_path, ranges="mse")
     model, options = make("bert-cls"), {"quantization_config": PreQuantConfig()}
     folder = tmp_path / "other"
     if kind == "subfolder":
@@ -381,7 +381,7 @@ def test_quantizing_onto_disk_is_refused(tmp_path):
 
 
 def test_fake_quantized_on_load(tmp_path):
-    model = quantized("llama-tied", tmp_path, packed=False)
+    model = quantized("llama-tied", tmp_path, packed=False, ranges="mse")
     expected = prepare(make("llama-tied"), PreQuantConfig().scheme())
     assert model.hf_quantizer.is_qat_trainable
     assert torch.equal(logits(model), logits(expected))
