@@ -3,7 +3,7 @@
 import shutil
 import tempfile
 import time
-from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from argparse import ArgumentParser, ArgumentTypeError, Namespace, RawDescriptionHelpFormatter
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ class QuantizeCommand(Command):
     @staticmethod
     def parse_args(parser: ArgumentParser) -> None:
         """Declare the arguments."""
-        parser.epilog = _EXAMPLES
+        parser.epilog, parser.formatter_class = _EXAMPLES, RawDescriptionHelpFormatter
         parser.add_argument("--model", required=True, help="folder or Hub id of a float model")
         parser.add_argument("--output", required=True, type=Path, help="folder to write; it must not exist yet")
         parser.add_argument("--algorithm", choices=ALGORITHMS, default="prequant", help="prequant: data-free rounding")
