@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.core_model_loading import ConversionOps
 from transformers.integrations.accelerate import load_offloaded_parameter
@@ -239,6 +240,8 @@ class LowBitQuantizer(HfQuantizer):
         """What is written: tied layers once, markers in one byte a row, table and checksums in the header."""
         if getattr(model, "_hf_peft_config_loaded", False):
             return None, {}
+        if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+            raise ValueError("a model sharded over processes cannot be saved; load it in one process and save it there")
         self.quantization_config.describe_model(model)
         _check_calibrated(model)
         state_dict = model.state_dict()
