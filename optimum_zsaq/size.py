@@ -46,7 +46,8 @@ def measure_size(model: nn.Module) -> ModelSize:
     for module_name, module in model.named_modules():
         parts = set()
         for tensor_name, tensor in [*module._parameters.items(), *_persistent_buffers(module)]:
-            if tensor is None or id(tensor) in seen:
+            tied = module_name in packed and packed[module_name].owner is not module
+            if tensor is None or id(tensor) in seen or (tied and tensor_name == "weight"):
                 continue
             seen.add(id(tensor))
             part = _PART_OF.get(tensor_name, "float") if module_name in packed else "float"

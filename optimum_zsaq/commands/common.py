@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 an error that is explained on stderr, 2 wrong arguments (a
 
 import json
 import sys
+from abc import abstractmethod
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -34,13 +35,13 @@ class Command(BaseOptimumCLICommand):
             print(f"error: {_message(error)}", file=sys.stderr)
             sys.exit(1)
 
+    @abstractmethod
     def execute(self, args: Namespace) -> dict[str, Any]:
         """Do the work."""
-        raise NotImplementedError(f"{type(self).__name__} must say what it does")
 
+    @abstractmethod
     def show(self, result: dict[str, Any]) -> None:
         """Print the result for people."""
-        raise NotImplementedError(f"{type(self).__name__} must say how its result is shown")
 
 
 def _message(error: Exception) -> str:

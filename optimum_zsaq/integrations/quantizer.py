@@ -124,7 +124,8 @@ class LowBitQuantizer(HfQuantizer):
         """Refuse what would load wrong numbers.
 
         Raises:
-            ValueError: layers would be offloaded to disk, where transformers casts codes to floats.
+            ValueError: layers would be offloaded to disk: a weight that is quantized onto disk would be read from the float
+                checkpoint again, and a tied head would read codes that are on no device.
         """
         if isinstance(device_map, dict) and "disk" in device_map.values():
             raise ValueError(

@@ -32,7 +32,8 @@ class LowBitLayer:
     def tie_to(self, owner: "LowBitLayer") -> None:
         """Read the weight of `owner` from now on; own weight tensors are given up."""
         self._tied = (owner,)  # a tuple: a module attribute would register the owner a second time
-        self.weight = owner.weight
+        if owner.weight.device.type != "meta":  # a loader ties what it reads, after it may have sharded it
+            self.weight = owner.weight
         for name in (*SCALES, *INTEGERS):
             if not name.startswith("input"):
                 self.register_parameter(name, None)

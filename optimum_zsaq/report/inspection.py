@@ -142,7 +142,8 @@ def _memory(model: nn.Module) -> dict[str, int]:
     """Bytes of the loaded weights, by runtime, and of the largest dense weight that a call makes for its duration."""
     size = measure_size(model)
     small = sum(count for part, count in size.bytes.items() if part != "markers")
-    small += sum(m.weight.numel() * m.weight.element_size() for m in model.modules() if _is_packed(m))
+    owners = (m for m in model.modules() if _is_packed(m) and m.owner is m)
+    small += sum(m.weight.numel() * m.weight.element_size() for m in owners)
     linear = [m for m in model.modules() if isinstance(m, PackedLinear)]
     owners = {id(m.owner): m.owner for m in linear if m.owner.spec.weight.bits != 8}
     widened = sum(owner.rows * owner.columns for owner in owners.values())

@@ -183,7 +183,7 @@ def _offloaded(*disk: str) -> dict[str, str]:
 
 @pytest.mark.parametrize("disk", [["model.layers.0"], ["model.embed_tokens", "lm_head"]], ids=["layer", "table"])
 def test_disk_offload_is_refused(saved, tmp_path, disk):
-    """transformers would read codes back as floats."""
+    """A tied head would read codes that are on no device; quantizing onto disk would read float weights again."""
     folder, _, cls = saved("llama-tied")
     with pytest.raises(ValueError, match="cannot be offloaded to disk .*use device_map='cpu'"):
         cls.from_pretrained(folder, device_map=_offloaded(*disk), offload_folder=tmp_path / "offload")
