@@ -3,9 +3,12 @@
 import json
 import shlex
 import shutil
+import signal
 import sys
 import tempfile
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +98,8 @@ class BenchCommand(Command):
             timeout=args.timeout,
         )
         try:
-            result = {"command": _command(args), **run_bench(settings)}
+            with _ended_politely():
+                result = {"command": _command(args), **run_bench(settings)}
         except WorkerError as error:
             if args.debug:
                 print(error.traceback, file=sys.stderr)
@@ -127,6 +131,20 @@ class BenchCommand(Command):
 def _check_output(output: Path | None) -> None:
     if output is not None and output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise FileExistsError(f"{output} exists and is not empty; nothing is overwritten, choose another --output")
+
+
+@contextmanager
+def _ended_politely() -> Iterator[None]:
+    """SIGTERM leaves neither processes nor folders behind, as Ctrl-C does."""
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _command(args: Namespace) -> str:
@@ -163,12 +181,14 @@ def _write(result: dict[str, Any], output: Path) -> None:
 
 
 def _head(result: dict[str, Any]) -> str:
+    from ..report.bench_plot import threads
+
     model, settings, machine = result["model"], result["settings"], result["machine"]
     clock = "processor time" if settings["clock"] == "cpu" else "wall time"
     weights = ", random weights" if model["random_weights"] else ""
     return (
         f"{model['name']}: {model['architecture']}, {model['parameters'] / 1e6:,.1f} M parameters{weights}\n"
-        f"{machine['processor']}, {settings['threads']} thread(s), {clock}, {settings['rounds']} rounds, "
+        f"{machine['processor']}, {threads(settings)}, {clock}, {settings['rounds']} rounds, "
         f"{result['seconds']:.0f} s"
     )
 

@@ -5,31 +5,26 @@ the times of a round. Contestants are in `contestants.py`, what is timed in `wor
 """
 
 import os
-import platform
 import random
 import shutil
+import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from .bench_process import WorkerError, WorkerProcess
 from .bench_statistics import median_interval, paired_ratio
-from .contestants import default_contestants, find_contestant, why_skipped
+from .contestants import Contestant, default_contestants, find_contestant, why_skipped
+from .machine import describe_machine, load_average, too_little_memory
 from .workloads import DEFAULT_BATCHES, DEFAULT_NEW_TOKENS, SHAPES, Workload, kind_of_model, workloads
 
 
 FORMAT = 1
 BASELINE = "torch-ao"
-_PACKAGES = (
-    "optimum-zsaq torch transformers torchao bitsandbytes optimum-quanto onnxruntime onnx onnxscript openvino nncf numpy"
-).split()
-_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16", "asimd", "asimddp", "i8mm")
-_LOAD_FACTOR = 2.2  # what loading a contestant may need at most, in float32 sizes of the model
 
 
 @dataclass(frozen=True)
@@ -170,6 +165,7 @@ class _Bench:
         self.job = {"threads": settings.threads, "seed": settings.seed}
         self.entries: dict[str, Entry] = {}
         self.processes: dict[str, WorkerProcess] = {}
+        self.checkpoints: dict[str, tuple[Path, float]] = {}
         self.facts: dict[str, Any] = {}
         self.workloads: list[Workload] = []
         self.machine = describe_machine()
@@ -188,7 +184,7 @@ class _Bench:
             orders = shuffled_orders(self.processes, len(self.workloads), self.settings.rounds, self.settings.seed)
             with tqdm(total=self.settings.rounds * len(self.workloads) * len(self.processes), unit="sample") as bar:
                 self._time(orders, bar)
-            self.machine["load_average_after"] = _load_average()
+            self.machine["load_average_after"] = load_average()
         summarize(self.entries, self.settings)
 
     def _float_model(self, bar: Any) -> Path:
@@ -234,10 +230,7 @@ class _Bench:
         process = None
         try:
             if contestant.prepare is not None:
-                folder = self.work / name.replace(":", ".")
-                request = {"source": str(source), "folder": str(folder), "job": self.job}
-                with self._process(name) as preparing:
-                    entry.prepare_seconds = preparing.ask(do="prepare", contestant=name, **request)["seconds"]
+                folder, entry.prepare_seconds = self._checkpoint(name, contestant, source)
             process = self._process(name)
             loaded = process.ask(do="load", contestant=name, folder=str(folder), source=str(source), job=self.job)
             warm = process.ask(do="warm", workloads=[asdict(each) for each in self.workloads], folder=str(self.work))
@@ -251,6 +244,16 @@ class _Bench:
         entry.samples = {each.name: [] for each in self.workloads}
         self.processes[name] = stack.enter_context(process)
         return None
+
+    def _checkpoint(self, name: str, contestant: Contestant, source: Path) -> tuple[Path, float]:
+        """The folder that a contestant loads and the seconds that making it took; contestants may share one."""
+        key = contestant.checkpoint or name
+        if key not in self.checkpoints:
+            folder = self.work / f"checkpoint-{len(self.checkpoints)}"
+            with self._process(name) as process:
+                reply = process.ask(do="prepare", contestant=name, source=str(source), folder=str(folder), job=self.job)
+            self.checkpoints[key] = folder, reply["seconds"]
+        return self.checkpoints[key]
 
     def _time(self, orders: Sequence[Sequence[Sequence[str]]], bar: Any) -> None:
         """All rounds; a contestant that fails takes no further part."""
@@ -273,12 +276,8 @@ class _Bench:
 
     def _plain(self, text: str) -> str:
         """A message without the machine's paths."""
-        for path, name in (
-            (str(self.work), "TEMPORARY"),
-            (str(Path(os.__file__).parent), "PYTHON"),
-            (str(Path.home()), "~"),
-        ):
-            text = text.replace(path, name)
+        for path in (str(self.work), sys.prefix, str(Path(os.__file__).parent), str(Path.cwd()), str(Path.home())):
+            text = text.replace(f"{path}/", "") if len(path) > 1 else text
         return text
 
 
@@ -337,57 +336,3 @@ def _check_lengths(wanted: Sequence[Workload], config: Any) -> None:
 
 def _say(bar: Any, text: str) -> None:
     bar.set_description(text, refresh=True)
-
-
-# The machine ---------------------------------------------------------------------------------------------------------
-
-
-def available_memory() -> int | None:
-    """Bytes that processes may still take, None where /proc is missing."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return None
-    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)
-
-
-def too_little_memory(parameters: int, available: Callable[[], int | None] = available_memory) -> str | None:
-    """Why a contestant is not even started: the system would end processes, ours or others. None: there is enough."""
-    free, needed = available(), _LOAD_FACTOR * 4 * parameters
-    if free is None or free >= needed:
-        return None
-    gib = 2**30
-    return (
-        f"not started: loading may take {needed / gib:.1f} GiB and {free / gib:.1f} GiB are free; "
-        "compare fewer at a time with --contestants"
-    )
-
-
-def describe_machine() -> dict[str, Any]:
-    """Processor, memory, load and versions of what is compared."""
-    try:
-        lines = [line.partition(":") for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()]
-    except OSError:
-        lines = []
-    facts = {key.strip(): value.strip() for key, _, value in reversed(lines)}
-    flags = set(facts.get("flags", facts.get("Features", "")).split())
-    versions = {}
-    for package in _PACKAGES:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return {
-        "processor": facts.get("model name") or platform.processor() or platform.machine(),
-        "flags": [flag for flag in _FLAGS if flag in flags],
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "memory_available": available_memory(),
-        "load_average_before": _load_average(),
-        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
-        "python": platform.python_version(),
-        "versions": versions,
-    }
-
-
-def _load_average() -> float | None:
-    return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None

@@ -5,7 +5,7 @@ from typing import Any
 
 
 _OURS, _PEER, _BASELINE = "#1b6ca8", "#b8b8b8", "#6f6f6f"
-_LOGARITHMIC = 12.0  # slowest / fastest from which bars are drawn on a logarithmic axis
+_LOGARITHMIC = 30.0  # slowest / fastest from which bars are drawn on a logarithmic axis
 MIB = 2**20
 
 
@@ -32,11 +32,16 @@ def draw(result: dict[str, Any], path: Path) -> None:
     settings, model = result["settings"], result["model"]
     clock = "processor time" if settings["clock"] == "cpu" else "wall time"
     figure.suptitle(
-        f"{model['name']}: {settings['threads']} thread(s), {clock}, median of {settings['rounds']} rounds, 95 % interval\n"
-        f"{result['machine']['processor']}",
+        f"{model['name']} on {result['machine']['processor']}, {threads(settings)}\n"
+        f"{clock}, median of {settings['rounds']} rounds, 95 % interval; blue: this package, dark: {settings['baseline']}",
         fontsize=10,
     )
     figure.savefig(path, dpi=130)
+
+
+def threads(settings: dict[str, Any]) -> str:
+    """ "1 thread", "2 threads"."""
+    return f"{settings['threads']} thread" + ("s" if settings["threads"] > 1 else "")
 
 
 Row = tuple[str, float, float, float]

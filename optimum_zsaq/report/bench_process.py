@@ -63,10 +63,10 @@ class WorkerProcess:
             self._process.stdin.write(json.dumps(request).encode() + b"\n")
             self._process.stdin.flush()
         except OSError as error:
-            raise self._died() from error
+            raise WorkerError(self._how_it_died()) from error
         line = self._read_line()
         if not line.endswith(b"\n"):
-            raise self._died()
+            raise WorkerError(self._how_it_died())
         reply = json.loads(line)
         if "failed" in reply:
             raise WorkerError(reply["failed"], reply["traceback"])
@@ -84,14 +84,14 @@ class WorkerProcess:
             line += part
         return line
 
-    def _died(self) -> WorkerError:
+    def _how_it_died(self) -> str:
         self.end(grace=5.0)
         code = self._process.returncode
         how = f"exit code {code}"
         if code < 0:
             how = signal.Signals(-code).name + (", often too little memory" if -code == signal.SIGKILL else "")
         lines = self.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-_TAIL:]
-        return WorkerError(f"its process died ({how})" + "".join(f" | {line.strip()}" for line in lines))
+        return f"its process died ({how})" + "".join(f" | {line.strip()}" for line in lines)
 
     def end(self, grace: float = 0.0) -> None:
         """End the process and what it started; `grace` are seconds to let it end by itself."""

@@ -184,7 +184,20 @@ def answer(worker: Worker, line: str) -> dict[str, Any]:
         return handler(**request)
     except Exception as error:
         text = " ".join(str(error).split())
-        return {"failed": f"{type(error).__name__}: {text}".removesuffix(": "), "traceback": traceback.format_exc()}
+        return {"failed": f"{type(error).__name__}: {text}".removesuffix(": "), "traceback": _places(error)}
+
+
+def _places(error: BaseException) -> str:
+    """Where an error arose, a line each, the innermost last; paths start at the package."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return "\n".join(f"{_short(frame.filename)}:{frame.lineno} {frame.name}" for frame in frames)
+
+
+def _short(path: str) -> str:
+    for root in (*sys.path, str(Path(__file__).parents[2])):
+        if root and path.startswith(f"{root}{os.sep}"):
+            return path[len(root) + 1 :]
+    return Path(path).name
 
 
 def main() -> None:

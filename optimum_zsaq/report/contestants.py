@@ -29,6 +29,7 @@ class Contestant:
             in a process of its own. None: `load` reads the float checkpoint, and its time and memory include quantizing.
         packages (`tuple[str, ...]`): modules that must be installed; imported before memory is measured.
         kinds (`tuple[str, ...]`): the kinds of models that it runs.
+        checkpoint (`str`, *optional*): contestants of the same text here load what one of them prepared.
         default (`bool`): whether it runs unless contestants are named.
         note (`str`): what a reader of the table must know.
     """
@@ -38,6 +39,7 @@ class Contestant:
     prepare: Callable[[Path, Path, peers.Job], None] | None = None
     packages: tuple[str, ...] = ()
     kinds: tuple[str, ...] = KINDS
+    checkpoint: str | None = None
     default: bool = True
     note: str = ""
 
@@ -47,10 +49,15 @@ class Contestant:
         return self.prepare is None
 
 
+_CALIBRATION_SAMPLES = 32  # enough to run as fast; sampling them takes long on a decoder
+
+
 def _ours(weight_bits: int, *, dtype: str = "float32", runtime: str = "fast", **settings: Any) -> Contestant:
     """A packed checkpoint of this package; tables have 8 bits beside 8-bit weights and 4 bits beside fewer."""
     activation_bits = settings.setdefault("activation_bits", 8)
     settings = {"weight_bits": weight_bits, "embedding_bits": 8 if weight_bits == 8 else 4, **settings}
+    if settings.get("activations") == "static":
+        settings["calibration_samples"] = _CALIBRATION_SAMPLES
 
     def prepare(source: Path, folder: Path, job: peers.Job) -> None:
         from ..integrations.configs import PreQuantConfig
@@ -66,7 +73,8 @@ def _ours(weight_bits: int, *, dtype: str = "float32", runtime: str = "fast", **
     inputs = "float inputs" if activation_bits is None else f"{settings.get('activations', 'dynamic')} 8-bit inputs"
     group = f" in groups of {settings['group_size']}" if "group_size" in settings else ""
     title = f"this package, {weight_bits}-bit weights{group}, {inputs}, {dtype}, runtime={runtime!r}"
-    return Contestant(title, load, prepare, packages=("optimum_zsaq.integrations.registration",))
+    checkpoint = f"{dtype} {sorted(settings.items())}"
+    return Contestant(title, load, prepare, packages=("optimum_zsaq.integrations.registration",), checkpoint=checkpoint)
 
 
 def _compiled(contestant: Contestant) -> Contestant:
@@ -129,12 +137,13 @@ CONTESTANTS: dict[str, Contestant] = {
         peers.load_onnx, peers.save_onnx_dynamic, ("onnxruntime", "onnxscript"), _ONLY_ENCODERS,
     ),
     "openvino-fp32": Contestant(
-        "OpenVINO, float32", peers.load_openvino("f32"), peers.save_openvino, ("openvino",), _ONLY_ENCODERS
+        "OpenVINO, float32",
+        peers.load_openvino("f32"), peers.save_openvino, ("openvino",), _ONLY_ENCODERS, "openvino",
     ),
     "openvino-bf16": _on_request(
         Contestant(
             "OpenVINO, float32 on disk, bfloat16 hint",
-            peers.load_openvino("bf16"), peers.save_openvino, ("openvino",), _ONLY_ENCODERS,
+            peers.load_openvino("bf16"), peers.save_openvino, ("openvino",), _ONLY_ENCODERS, "openvino",
         )
     ),
     "openvino-w8a8": Contestant(

@@ -128,7 +128,8 @@ def load_quanto(weights: str) -> Callable[[Path, Job], Any]:
     def load(folder: Path, job: Job) -> Any:
         from transformers import QuantoConfig
 
-        config = QuantoConfig(weights=weights, modules_to_not_convert=float_layers(folder))
+        skipped = [*(float_layers(folder) or ()), "pooler"]  # its 4-bit kernel refuses a pooler's strided input
+        config = QuantoConfig(weights=weights, modules_to_not_convert=skipped)
         return from_folder(folder, "bfloat16", quantization_config=config)
 
     return load

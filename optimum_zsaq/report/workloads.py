@@ -141,12 +141,16 @@ class Runner:
 
 
 def token_batch(config: Any, rows: int, length: int, seed: int) -> dict[str, Any]:
-    """Random token ids (rows, length) int64 and a mask of ones."""
+    """Random token ids (rows, length) int64, the end token last where there is one, and a mask of ones."""
     import torch
 
     generator = torch.Generator().manual_seed(seed)
     vocabulary = config.get_text_config().vocab_size
     ids = torch.randint(min(5, vocabulary - 1), vocabulary, (rows, length), generator=generator)
+    end = getattr(config, "eos_token_id", None)
+    if isinstance(end, int):  # some classification heads look for the one end token of a row
+        ids[ids == end] = vocabulary - 1 - (end == vocabulary - 1)
+        ids[:, -1] = end
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
