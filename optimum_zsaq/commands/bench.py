@@ -138,7 +138,7 @@ def _ended_politely() -> Iterator[None]:
     """SIGTERM leaves neither processes nor folders behind, as Ctrl-C does."""
 
     def stop(*_: Any) -> None:
-        raise KeyboardInterrupt
+        raise KeyboardInterrupt("ended by SIGTERM")
 
     before = signal.signal(signal.SIGTERM, stop)
     try:

@@ -20,7 +20,7 @@ from .bench_process import WorkerError, WorkerProcess
 from .bench_statistics import median_interval, paired_ratio
 from .contestants import Contestant, default_contestants, find_contestant, why_skipped
 from .machine import describe_machine, load_average, too_little_memory
-from .workloads import DEFAULT_BATCHES, DEFAULT_NEW_TOKENS, SHAPES, Workload, kind_of_model, workloads
+from .workloads import DEFAULT_BATCHES, DEFAULT_NEW_TOKENS, SHAPES, Workload, workloads
 
 
 FORMAT = 1
@@ -99,7 +99,6 @@ class Entry:
     """What is found of one contestant."""
 
     title: str
-    note: str = ""
     quantizes_on_load: bool = False
     status: str = "ok"
     reason: str | None = None
@@ -188,21 +187,19 @@ class _Bench:
         summarize(self.entries, self.settings)
 
     def _float_model(self, bar: Any) -> Path:
-        from ..integrations.tasks import load_config
-
         settings = self.settings
         source = self.work / "float" if settings.model is None else Path(settings.model)
         with self._process("float") as process:
             _say(bar, "making the float model")
             if settings.shape is not None:
                 process.ask(do="build", shape=settings.shape, folder=str(source), seed=settings.seed)
-            config = load_config(settings.model or str(source))
-            if getattr(config, "quantization_config", None) is not None:
+            found = process.ask(do="describe", model=settings.model or str(source))
+            if found["quantized"]:
                 raise ValueError(f"{settings.model} is quantized already; give --model the float model it was made from")
-            kind = kind_of_model(config)
+            kind = found["kind"]
             steps = settings.new_tokens or DEFAULT_NEW_TOKENS[kind]
             self.workloads = workloads(kind, settings.batches or DEFAULT_BATCHES[kind], steps)
-            _check_lengths(self.workloads, config)
+            _check_lengths(self.workloads, found["longest"])
             if not source.is_dir():
                 source = self.work / "float"
                 process.ask(do="fetch", model=settings.model, folder=str(source))
@@ -221,7 +218,7 @@ class _Bench:
     def _start(self, name: str, source: Path, stack: ExitStack) -> None:
         """Save, load and warm up a contestant; a failure is noted."""
         contestant = find_contestant(name)
-        entry = Entry(contestant.title, contestant.note, contestant.quantizes_on_load)
+        entry = Entry(contestant.title, contestant.quantizes_on_load)
         self.entries[name] = entry
         reason = why_skipped(contestant, self.facts["kind"]) or too_little_memory(self.facts["parameters"])
         if reason is not None:
@@ -323,8 +320,7 @@ def _memory(loaded: dict[str, Any] | None, warm: dict[str, Any] | None) -> dict[
     }
 
 
-def _check_lengths(wanted: Sequence[Workload], config: Any) -> None:
-    longest = getattr(config, "max_position_embeddings", None)
+def _check_lengths(wanted: Sequence[Workload], longest: int | None) -> None:
     for each in wanted:
         tokens = each.length + each.steps
         if longest is not None and each.action != "translate" and tokens > longest:

@@ -80,6 +80,17 @@ class Worker:
         save_shape(shape, Path(folder), seed)
         return {}
 
+    def describe(self, model: str) -> dict[str, Any]:
+        """The kind of a model, the most tokens that it reads, if that is known, and whether it is quantized."""
+        from ..integrations.tasks import load_config
+
+        config = load_config(model)
+        return {
+            "kind": kind_of_model(config),
+            "longest": getattr(config, "max_position_embeddings", None),
+            "quantized": getattr(config, "quantization_config", None) is not None,
+        }
+
     def fetch(self, model: str, folder: str) -> dict[str, Any]:
         """Save a model of the Hub as a folder, in the type it is stored in."""
         from ..integrations.tasks import load_config, model_class

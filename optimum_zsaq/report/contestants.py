@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from . import peers
-from .workloads import DECODER, ENCODER, ENCODER_DECODER, KINDS
+from .workloads import ENCODER, KINDS
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,6 @@ class Contestant:
         kinds (`tuple[str, ...]`): the kinds of models that it runs.
         checkpoint (`str`, *optional*): contestants of the same text here load what one of them prepared.
         default (`bool`): whether it runs unless contestants are named.
-        note (`str`): what a reader of the table must know.
     """
 
     title: str
@@ -41,7 +40,6 @@ class Contestant:
     kinds: tuple[str, ...] = KINDS
     checkpoint: str | None = None
     default: bool = True
-    note: str = ""
 
     @property
     def quantizes_on_load(self) -> bool:
@@ -90,8 +88,14 @@ def _on_request(contestant: Contestant) -> Contestant:
     return replace(contestant, default=False)
 
 
-_ON_LOAD = "quantizes while it loads: load time and peak memory include that"
-_ONLY_ENCODERS = (ENCODER,)
+def _openvino(title: str, precision: str, quantized: bool = False) -> Contestant:
+    save, packages = peers.save_openvino, ("openvino",)
+    if quantized:
+        save, packages = peers.save_openvino_quantized, ("openvino", "nncf")
+    return Contestant(f"OpenVINO, {title}", peers.load_openvino(precision), save, packages, (ENCODER,), save.__name__)
+
+
+_ONNX = ("onnxruntime", "onnxscript")
 
 CONTESTANTS: dict[str, Contestant] = {
     "zsaq-w8a8": _ours(8),
@@ -112,49 +116,33 @@ CONTESTANTS: dict[str, Contestant] = {
     "zsaq-w4-compiled": _compiled(_ours(4, activation_bits=None, dtype="bfloat16")),
     "torch-fp32": Contestant("PyTorch, float32", peers.load_float32, peers.save_float32),
     "torch-bf16": Contestant("PyTorch, bfloat16", peers.load_bfloat16, peers.save_bfloat16),
-    "torch-ao": Contestant(
-        "torch.ao quantize_dynamic, 8-bit Linear layers, 8-bit inputs", peers.load_dynamic, note=_ON_LOAD
-    ),
+    "torch-ao": Contestant("torch.ao quantize_dynamic, 8-bit weights and inputs", peers.load_dynamic),
     "torchao-int8": Contestant(
-        "torchao Int8DynamicActivationInt8WeightConfig, float32", peers.load_torchao, packages=("torchao",), note=_ON_LOAD
+        "torchao Int8DynamicActivationInt8WeightConfig, float32", peers.load_torchao, packages=("torchao",)
     ),
     "bitsandbytes-nf4": Contestant(
-        "bitsandbytes 4-bit nf4, bfloat16, heads float", peers.load_nf4, peers.save_nf4, packages=("bitsandbytes",)
+        "bitsandbytes 4-bit nf4, bfloat16, heads float", peers.load_nf4, peers.save_nf4, ("bitsandbytes",)
     ),
     "quanto-int8": Contestant(
-        "optimum-quanto 8-bit weights, bfloat16, heads float", peers.load_quanto("int8"), packages=("optimum.quanto",),
-        note=_ON_LOAD,
+        "optimum-quanto 8-bit weights, bfloat16, heads float", peers.load_quanto("int8"), packages=("optimum.quanto",)
     ),
     "quanto-int4": Contestant(
-        "optimum-quanto 4-bit weights, bfloat16, heads float", peers.load_quanto("int4"), packages=("optimum.quanto",),
-        note=_ON_LOAD,
+        "optimum-quanto 4-bit weights, bfloat16, heads float", peers.load_quanto("int4"), packages=("optimum.quanto",)
     ),
-    "onnxruntime-fp32": Contestant(
-        "ONNX Runtime, float32", peers.load_onnx, peers.save_onnx, ("onnxruntime", "onnxscript"), _ONLY_ENCODERS
-    ),
+    "onnxruntime-fp32": Contestant("ONNX Runtime, float32", peers.load_onnx, peers.save_onnx, _ONNX, (ENCODER,)),
     "onnxruntime-dynamic": Contestant(
-        "ONNX Runtime quantize_dynamic, 8-bit weights per channel, 8-bit inputs",
-        peers.load_onnx, peers.save_onnx_dynamic, ("onnxruntime", "onnxscript"), _ONLY_ENCODERS,
+        "ONNX Runtime quantize_dynamic, 8-bit weights and inputs",
+        peers.load_onnx,
+        peers.save_onnx_dynamic,
+        _ONNX,
+        (ENCODER,),
     ),
-    "openvino-fp32": Contestant(
-        "OpenVINO, float32",
-        peers.load_openvino("f32"), peers.save_openvino, ("openvino",), _ONLY_ENCODERS, "openvino",
+    "openvino-fp32": _openvino("float32", "f32"),
+    "openvino-bf16": _on_request(_openvino("float32 on disk, bfloat16 hint", "bf16")),
+    "openvino-w8a8": _openvino("nncf.quantize, 8-bit weights, static 8-bit inputs", "f32", quantized=True),
+    "openvino-w8a8-bf16": _on_request(
+        _openvino("nncf.quantize, 8-bit weights, static 8-bit inputs, bfloat16 hint", "bf16", quantized=True)
     ),
-    "openvino-bf16": _on_request(
-        Contestant(
-            "OpenVINO, float32 on disk, bfloat16 hint",
-            peers.load_openvino("bf16"), peers.save_openvino, ("openvino",), _ONLY_ENCODERS, "openvino",
-        )
-    ),
-    "openvino-w8a8": Contestant(
-        "OpenVINO, nncf.quantize, 8-bit weights, static 8-bit inputs",
-        peers.load_openvino("f32"), peers.save_openvino_quantized, ("openvino", "nncf"), _ONLY_ENCODERS,
-    ),
-}  # fmt: skip
-
-_KIND_REASONS = {
-    DECODER: "is run on encoders only here: it has no KV cache in this bench",
-    ENCODER_DECODER: "is run on encoders only here: it has no KV cache in this bench",
 }
 
 
@@ -190,7 +178,7 @@ def default_contestants() -> list[str]:
 def why_skipped(contestant: Contestant, kind: str) -> str | None:
     """Why a contestant cannot run here at all: a kind of model, a package that is not installed. None: it can be tried."""
     if kind not in contestant.kinds:
-        return _KIND_REASONS.get(kind, f"does not run {kind} models")
+        return f"it is run on {' and '.join(contestant.kinds)} models only here, and this is a {kind} model"
     for package in contestant.packages:
         try:
             found = importlib.util.find_spec(package)

@@ -52,8 +52,8 @@ def float_layers(folder: Path) -> list[str] | None:
     with torch.device("meta"):
         model = model_class(config)(config)
     facts = reader_of(model).facts(model)
-    shared = {name for name in facts.tied if isinstance(model.get_submodule(name), torch.nn.Linear)}
-    return sorted({*facts.heads, *shared}) or None
+    found = {*facts.heads, *facts.tied}
+    return sorted(name for name in found if isinstance(model.get_submodule(name), torch.nn.Linear)) or None
 
 
 # PyTorch -------------------------------------------------------------------------------------------------------------

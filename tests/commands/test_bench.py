@@ -1,7 +1,9 @@
 """`optimum-cli zsaq bench` on tiny models: real contestants in real processes, and what is written."""
 
+import importlib
 import json
 import sys
+from pathlib import Path
 
 import pytest
 from optimum.commands.optimum_cli import main
@@ -72,7 +74,10 @@ def test_end_to_end(monkeypatch, capsys, tmp_path, name, options, names):
         (("--shape", "bert-base", "--batch", "8"), "--batch 8 is no batch; write rows x tokens, such as 1x128"),
         (("--shape", "bert-base", "--contestants", "zsaq-w8"), "did you mean zsaq-w8a8"),
         (("--shape", "bert-base", "--threads", "0"), "--threads 0 is no count"),
-        (("--model", "no/such/model", "--contestants", "torch-ao"), "there is no model at 'no/such/model'"),
+        (
+            ("--model", "no/such/model", "--contestants", "torch-ao"),
+            "the float model does not run: ValueError: there is no model at 'no/such/model'",
+        ),
     ],
 )
 def test_wrong_arguments(monkeypatch, capsys, arguments, message):
@@ -88,10 +93,11 @@ def test_nothing_is_overwritten(monkeypatch, capsys, tmp_path):
 
 
 ENTRY = {
-    "title": "t", "note": "", "quantizes_on_load": False, "status": "ok", "reason": None, "traceback": None,
+    "title": "t", "quantizes_on_load": False, "status": "ok", "reason": None, "traceback": None,
     "prepare_seconds": 1.0, "disk_bytes": 2048, "load_seconds": {"wall": 1.0, "cpu": 1.0}, "memory": None, "error": 0.5,
     "samples": {}, "results": {"1x9": {"seconds": 0.1234, "interval": [0.1, 0.2], "ratio": None, "ratio_interval": None}},
 }  # fmt: skip
+MACHINE = {"system": "s", "python": "3.11", "load_average_before": 0.1, "load_average_after": 0.2}
 MISSING = {**ENTRY, "status": "skipped", "reason": "torchao is not installed; run: pip install torchao", "results": {}}
 
 
@@ -102,7 +108,7 @@ def canned(monkeypatch):
         "format": 1,
         "model": {"name": "m", "kind": "encoder", "random_weights": True, "parameters": 10**6, "architecture": "M"},
         "settings": {"baseline": "torch-ao", "threads": 2, "clock": "wall", "rounds": 3},
-        "machine": {"processor": "p"},
+        "machine": {"processor": "p", "flags": ["avx2"], "cores": 2, "versions": {"torch": "2"}, **MACHINE},
         "workloads": [{"name": "1x9", "rate": False, "steps": 0}],
         "contestants": {"zsaq-w8a8": ENTRY, "torchao-int8": MISSING},
         "seconds": 3.0,
@@ -140,3 +146,30 @@ def test_interrupted_writing_leaves_nothing(monkeypatch, capsys, canned, tmp_pat
     monkeypatch.setattr("optimum_zsaq.report.bench_plot.draw", interrupted)
     assert cli(monkeypatch, "--shape", "bert-base", "--output", tmp_path / "out") == 130
     assert list(tmp_path.iterdir()) == []
+
+
+def test_page_for_the_documentation(monkeypatch, capsys, canned, tmp_path):
+    """`examples/study/performance.py` writes the page of saved results and says whether it is up to date."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "examples" / "study"))
+    for name in ("bootstrap", "prequant_tables", "performance"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    performance = importlib.import_module("performance")
+    assert cli(monkeypatch, "--shape", "bert-base", "--output", tmp_path / "out") == 0
+    page = tmp_path / "performance.md"
+
+    def write(*options) -> int:
+        monkeypatch.setattr(sys, "argv", ["x", str(tmp_path / "out" / "bench.json"), "--write", str(page), *options])
+        return performance.main()
+
+    assert write("--check") == 1
+    assert not page.exists()
+    assert write() == 0
+    assert write("--check") == 0
+    text = page.read_text()
+    assert "| **zsaq-w8a8** | 123 [100, 200] | – |" in text
+    assert "- `torchao-int8`: skipped, torchao is not installed" in text
+    assert "optimum-cli zsaq bench --shape bert-base" in text
+    assert str(tmp_path) not in text
+    (tmp_path / "out" / "bench.json").write_text("[]")
+    with pytest.raises(ValueError, match="is no result of `optimum-cli zsaq bench`"):
+        write()

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from tiny_models import make
-from transformers import LlamaConfig
 
 from optimum_zsaq.report import bench_process, contestants
 from optimum_zsaq.report import bench_worker as bw
@@ -168,7 +167,7 @@ class TestContestants:
     def test_missing_package_and_wrong_kind_are_told(self):
         contestant = Contestant("t", lambda folder, job: None, packages=("json", "no_such.package"), kinds=("encoder",))
         assert why_skipped(contestant, "encoder") == "no_such.package is not installed; run: pip install no_such.package"
-        assert "encoders only" in why_skipped(contestant, "decoder")
+        assert "on encoder models only here, and this is a decoder model" in why_skipped(contestant, "decoder")
         assert why_skipped(CONTESTANTS["torch-ao"], "decoder") is None
 
 
@@ -222,6 +221,9 @@ for line in sys.stdin:
     request = json.loads(line)
     do, name = request["do"], request.get("contestant", name)
     reply = {"reference": {"parameters": 7, "architecture": "Fake"}, "prepare": {"seconds": 0.5}}.get(do, {})
+    if do == "describe":
+        config = json.load(open(request["model"] + "/config.json"))
+        reply = {"kind": "decoder", "longest": 80, "quantized": "quantization_config" in config}
     if do == "prepare":
         os.mkdir(request["folder"])
     if do == "load":
@@ -253,9 +255,9 @@ def fake(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
     monkeypatch.setattr(bench_process, "WORKER", "fake_worker")
     monkeypatch.setattr(contestants.importlib.util, "find_spec", lambda name: object())
-    sizes = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    LlamaConfig(**sizes, architectures=["LlamaForCausalLM"], max_position_embeddings=80).save_pretrained(tmp_path / "model")
-    (tmp_path / "run").mkdir()
+    for name in ("model", "run"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
 
     def run(*names, **settings):
         fields = {"batches": ("1x8",), "rounds": 4, "min_seconds": 0.0, "timeout": 30.0, **settings}
@@ -325,7 +327,7 @@ def test_lengths_that_the_model_does_not_read(fake):
 
 def test_a_model_that_is_quantized_already(fake, tmp_path):
     path = tmp_path / "model" / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "quantization_config": {"quant_method": "bitsandbytes"}}))
+    path.write_text(json.dumps({"quantization_config": {"quant_method": "bitsandbytes"}}))
     with pytest.raises(ValueError, match="is quantized already; give --model the float model"):
         fake("torch-ao")
 
