@@ -114,6 +114,14 @@ class LayerSpec:
         if not 0.0 <= self.outliers < 1.0:
             raise ValueError(f"outliers={self.outliers!r} is not a share of the weights; use a number in [0, 1)")
 
+    def text(self) -> str:
+        """For people: "W4 group/32, A8 dynamic, outliers=0.005"."""
+        weight, inputs = self.weight, self.inputs
+        text = f"W{weight.bits} {weight.granularity}{f'/{weight.group_size}' if weight.group_size else ''}"
+        if inputs is not None:
+            text += f", A{inputs.bits} {'dynamic' if inputs.granularity == 'token' else 'static'}"
+        return f"{text}, outliers={self.outliers}" if self.outliers else text
+
     def outlier_count(self, rows: int, columns: int) -> int:
         """How many residuals a weight (rows, columns) stores: 0 without outliers, else at least 1."""
         return max(1, round(self.outliers * rows * columns)) if self.outliers else 0

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .kinds import ModelFacts, kind_of, reader_of
 from .layers import LowBitLayer, PackedEmbedding, PackedLinear
-from .layers.packed import RUNTIMES, packed_tensors
+from .layers.packed import check_runtime, packed_tensors
 from .ops import RANGES
 from .spec import LayerSpec, QuantScheme
 
@@ -250,7 +250,7 @@ def _carry_over(old: nn.Module, new: nn.Module) -> nn.Module:
 
 _HOOKS = ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called")
 _HOOKS += ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs")
-_STATE_ATTRIBUTES = {"spec", "rows", "columns", "runtime", "float_type", "_tied", "_unpacked", "nx", "nf"}
+_STATE_ATTRIBUTES = {"spec", "rows", "columns", "runtime", "float_type", "kernel", "_tied", "nx", "nf"}
 _STATE_ATTRIBUTES |= {"forward", "_old_forward", "_hf_hook"}  # accelerate's hooks wrap the old layer's forward
 
 
@@ -273,15 +273,21 @@ def quantize_weight(layer: LowBitLayer, weight: Tensor, ranges: str, packed: boo
     return {name: p.detach() for name, p in fake.named_parameters(recurse=False) if not name.startswith("input")}
 
 
-def set_runtime(model: nn.Module, runtime: str) -> nn.Module:
-    """Choose how packed codes are kept for running, in place: "fast" (one byte a weight) or "small" (as on disk).
+def set_runtime(model: nn.Module, runtime: str, kernel: str | None = None) -> nn.Module:
+    """Choose how the packed layers of a model run, in place.
+
+    Args:
+        model (`nn.Module`): a packed model.
+        runtime (`str`): "fast": beside its codes, a layer keeps its weight in the layout of its kernel, one byte a weight
+            (half a byte for "int4"), from its first call on. "small": only the codes are kept, as they are on disk.
+        kernel (`str`, *optional*): the only kernel allowed, a name in `kernels.KERNELS`; a layer that it does not serve
+            raises a ValueError when it is called. None: the fastest that serves.
 
     Raises:
-        ValueError: an unknown runtime.
+        ValueError: an unknown runtime or kernel.
     """
-    if runtime not in RUNTIMES:
-        raise ValueError(f"runtime={runtime!r} is unknown; use one of {RUNTIMES}")
+    check_runtime(runtime, kernel)
     for _, layer in low_bit_layers(model):
         if isinstance(layer, PackedLinear | PackedEmbedding):
-            layer.set_runtime(runtime)
+            layer.set_runtime(runtime, kernel)
     return model

@@ -15,7 +15,7 @@ from torch import nn
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..kinds import ModelFacts, kind_of, reader_of
-from ..layers.packed import RUNTIMES
+from ..layers.packed import check_runtime
 from ..spec import LayerSpec, QuantScheme, QuantSpec
 from ..surgery import low_bit_layers, tied_row
 
@@ -26,7 +26,7 @@ RANGE_METHODS = ("mse", "minmax", "lsq", "ternary")
 
 ALGORITHMS: dict[str, type["LowBitConfig"]] = {}
 _STORED = ("quant_method", "format_version", "algorithm", "packed", "modules", "recipe")
-_NEVER_STORED = ("runtime", "calibration_data")
+_NEVER_STORED = ("runtime", "kernel", "calibration_data")
 
 
 class LowBitConfig(QuantizationConfigMixin):
@@ -44,7 +44,9 @@ class LowBitConfig(QuantizationConfigMixin):
         modules_to_not_convert (`list[str]`, *optional*): runs of name parts, such as "pooler" or "encoder.layer.0", of
             layers that stay float, in addition to heads, which always do.
         outliers (`float`, *optional*): share of each matrix whose float residual is stored beside the codes, in (0, 1).
-        runtime (`str`): "fast" keeps codes one a byte while running, "small" as on disk. A loading attribute: not stored.
+        runtime (`str`): "fast" keeps up to a byte a weight beside the codes while running, "small" only the codes, as on
+            disk. A loading attribute: not stored.
+        kernel (`str`, *optional*): the only kernel allowed, such as "reference"; None: the fastest. A loading attribute.
         calibration_data (*optional*): what static input ranges are measured on: a list of strings or of dicts with "text"
             and "text_pair", a `datasets.Dataset`, or a file; None: sampled token sequences. Its text is never stored.
         calibration_samples (`int`): sequences used of it, from its beginning.
@@ -70,6 +72,7 @@ class LowBitConfig(QuantizationConfigMixin):
         modules_to_not_convert: list[str] | None = None,
         outliers: float | None = None,
         runtime: str = "fast",
+        kernel: str | None = None,
         calibration_data: Any = None,
         calibration_samples: int = 128,
         seed: int = 0,
@@ -88,7 +91,7 @@ class LowBitConfig(QuantizationConfigMixin):
         self.ranges, self.activations = ranges, activations
         self.modules_to_not_convert = _list_of_names(modules_to_not_convert)
         self.outliers = outliers
-        self.runtime = runtime
+        self.runtime, self.kernel = runtime, kernel
         self.calibration_data, self.calibration_samples, self.seed = calibration_data, calibration_samples, seed
         self._check_values()
 
@@ -116,12 +119,12 @@ class LowBitConfig(QuantizationConfigMixin):
             ("granularity", ("row", "tensor", "group")),
             ("ranges", RANGE_METHODS),
             ("activations", ("dynamic", "static")),
-            ("runtime", RUNTIMES),
             ("symmetric", (True, False)),
             ("packed", (True, False)),
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not allowed; use one of {allowed}")
+        check_runtime(self.runtime, self.kernel)
         for name in ("weight_bits", "embedding_bits", "activation_bits"):
             bits = getattr(self, name)
             if bits is None and name != "weight_bits":
@@ -254,7 +257,7 @@ class LowBitConfig(QuantizationConfigMixin):
 
     def get_loading_attributes(self) -> dict[str, Any]:
         """What a caller may change of a stored config when loading."""
-        return {"runtime": self.runtime}
+        return {"runtime": self.runtime, "kernel": self.kernel}
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any):

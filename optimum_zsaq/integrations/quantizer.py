@@ -114,6 +114,11 @@ class LowBitQuantizer(HfQuantizer):
         """Only a fake-quantized model has float weights to train."""
         return not self.quantization_config.packed
 
+    @property
+    def is_compileable(self) -> bool:
+        """Packed layers are operators to torch.compile; `generate` may compile its decoding step."""
+        return True
+
     def is_serializable(self) -> bool:
         """Every state can be saved."""
         return True
@@ -191,7 +196,7 @@ class LowBitQuantizer(HfQuantizer):
                     layer._parameters[name].requires_grad_(False)
             if isinstance(layer, PackedLinear | PackedEmbedding):
                 layer.weight.requires_grad_(False)
-        set_runtime(model, config.runtime)
+        set_runtime(model, config.runtime, config.kernel)
         if not self.pre_quantized:
             data = calibrate_on_load(model, config)
             config.calibration_data = None  # the model must not carry its user's texts

@@ -1,7 +1,9 @@
 """Running packed weights: `packed_linear(x, packed, bias)` and the registry of kernels it chooses from."""
 
+from .linear import packed_linear
 from .packed_tensors import PackedTensors
-from .registry import KERNELS, Kernel, choose_kernel, packed_linear, register_kernel
+from .prepacked import drop_prepacked
+from .registry import KERNELS, Kernel, choose_kernel, register_kernel
 
 
-__all__ = ["KERNELS", "Kernel", "PackedTensors", "choose_kernel", "packed_linear", "register_kernel"]
+__all__ = ["KERNELS", "Kernel", "PackedTensors", "choose_kernel", "drop_prepacked", "packed_linear", "register_kernel"]

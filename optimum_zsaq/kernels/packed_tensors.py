@@ -8,13 +8,13 @@ from ..ops import add_outliers, dequantize, fake_quantize, fake_quantize_tokens,
 from ..spec import LayerSpec, QuantSpec
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True, eq=False)
 class PackedTensors:
-    """One packed weight (O, I) and what its layer does to the input.
+    """One packed weight (O, I), what its layer does to the input, and how it shall be run.
 
     Shapes: codes (O, ceil(I * bits / 8)) uint8; scale and zero_point as in `QuantSpec`; outlier_positions (k,) int32;
     outlier_values (k,) float32; input_scale (1, 1) float32; input_zero_point (1, 1) uint8. What a scheme lacks is None.
-    `unpacked` (O, I) uint8 holds the same codes one a byte where a layer keeps them so (`runtime="fast"`).
+    `runtime` is "fast" or "small" (see `surgery.set_runtime`); `kernel` names the only kernel allowed, "" allows all.
     """
 
     spec: LayerSpec
@@ -26,13 +26,18 @@ class PackedTensors:
     outlier_values: Tensor | None = None
     input_scale: Tensor | None = None
     input_zero_point: Tensor | None = None
-    unpacked: Tensor | None = None
+    runtime: str = "fast"
+    kernel: str = ""
+
+    @property
+    def rows(self) -> int:
+        """O."""
+        return self.codes.shape[0]
 
     def weight(self) -> Tensor:
         """The dense weight (O, I) float32 that the codes and the outliers stand for."""
         spec = self.spec.weight
-        codes = unpack_codes(self.codes, spec.bits, self.columns) if self.unpacked is None else self.unpacked
-        weight = dequantize(codes, self.scale, self.zero_point, spec)
+        weight = dequantize(unpack_codes(self.codes, spec.bits, self.columns), self.scale, self.zero_point, spec)
         if self.outlier_positions is not None:
             weight = add_outliers(weight, self.outlier_positions, self.outlier_values)
         return weight

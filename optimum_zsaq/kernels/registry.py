@@ -4,17 +4,19 @@ from typing import Protocol
 
 from torch import Tensor
 
+from .int4 import Int4
+from .int8 import Int8
 from .packed_tensors import PackedTensors
 from .reference import Reference
 
 
 class Kernel(Protocol):
-    """One way to compute a packed layer."""
+    """One way to compute a packed layer. Gradients are not its business (see `gradient.py`)."""
 
     name: str
 
     def serves(self, x: Tensor, packed: PackedTensors) -> bool:
-        """Whether this kernel computes exactly this layer's scheme on this input, gradients to x included."""
+        """Whether this kernel computes exactly this layer's scheme on this input; looks at no values and no `codes`."""
         ...
 
     def __call__(self, x: Tensor, packed: PackedTensors, bias: Tensor | None) -> Tensor:
@@ -39,16 +41,22 @@ def register_kernel(kernel: Kernel) -> None:
 
 
 def choose_kernel(x: Tensor, packed: PackedTensors) -> Kernel:
-    """The kernel that `packed_linear` uses for this input."""
-    return next(kernel for kernel in KERNELS.values() if kernel.serves(x, packed))
+    """The kernel that `packed_linear` uses for this input.
 
-
-def packed_linear(x: Tensor, packed: PackedTensors, bias: Tensor | None = None) -> Tensor:
-    """A Linear layer on a packed weight.
-
-    Shapes: x (..., I) float, bias (O,) -> (..., O) in x's dtype. Gradients flow to x and to the bias.
+    Raises:
+        ValueError: the one that was asked for does not serve it.
     """
-    return choose_kernel(x, packed)(x, packed, bias)
+    if not packed.kernel:
+        return next(kernel for kernel in KERNELS.values() if kernel.serves(x, packed))
+    kernel = KERNELS[packed.kernel]
+    if not kernel.serves(x, packed):
+        able = [name for name, other in KERNELS.items() if other.serves(x, packed)]
+        raise ValueError(
+            f"kernel={packed.kernel!r} does not serve {packed.spec.text()} on {str(x.dtype).removeprefix('torch.')} inputs "
+            f"on {x.device.type} with runtime={packed.runtime!r}; use one of {able}, or kernel=None for the fastest of them"
+        )
+    return kernel
 
 
-register_kernel(Reference())
+for _kernel in (Reference(), Int8(), Int4()):
+    register_kernel(_kernel)

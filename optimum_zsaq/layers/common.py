@@ -79,11 +79,4 @@ class LowBitLayer:
 
     def extra_repr(self) -> str:
         """Shape and spec, as `print(model)` shows them."""
-        weight, inputs = self.spec.weight, self.spec.inputs
-        group = f"/{weight.group_size}" if weight.group_size else ""
-        text = f"W{weight.bits} {weight.granularity}{group}"
-        if inputs is not None:
-            text += f", A{inputs.bits} {'dynamic' if inputs.granularity == 'token' else 'static'}"
-        if self.spec.outliers:
-            text += f", outliers={self.spec.outliers}"
-        return f"{super().extra_repr()}, {text}{', tied' if self._tied else ''}"
+        return f"{super().extra_repr()}, {self.spec.text()}{', tied' if self._tied else ''}"

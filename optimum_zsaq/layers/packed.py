@@ -12,7 +12,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from ..kernels import PackedTensors, packed_linear
+from ..kernels import KERNELS, PackedTensors, drop_prepacked, packed_linear
+from ..kernels.compiled import outlier_rows_op
 from ..ops import dequantize, gather_outlier_rows, pack_codes, packed_columns, quantize, unpack_codes
 from ..spec import LayerSpec
 from .common import LowBitLayer
@@ -28,9 +29,8 @@ class _Packed(LowBitLayer):
     def _new_tensors(self, spec: LayerSpec, rows: int, columns: int, dtype: torch.dtype | None) -> None:
         self.spec = spec
         self.rows, self.columns = rows, columns
-        self.runtime = "fast"
+        self.runtime, self.kernel = "fast", ""
         self._tied = ()
-        self._unpacked = None
         self.weight = nn.Parameter(torch.zeros(rows, 1, dtype=dtype), requires_grad=False)
         shape = spec.weight.scale_shape(rows, columns)
         codes = torch.zeros(rows, packed_columns(columns, spec.weight.bits), dtype=torch.uint8)
@@ -53,55 +53,59 @@ class _Packed(LowBitLayer):
             for name, value in packed_tensors(fake).items():
                 self._set_tensor(name, value)
 
-    def set_runtime(self, runtime: str) -> None:
-        """How the codes are kept for running: "fast" also keeps them one a byte, "small" as they are on disk.
+    def set_runtime(self, runtime: str, kernel: str | None = None) -> None:
+        """How this layer is run: see `surgery.set_runtime`.
 
         Raises:
-            ValueError: an unknown runtime.
+            ValueError: an unknown runtime or kernel.
         """
-        if runtime not in RUNTIMES:
-            raise ValueError(f"runtime={runtime!r} is unknown; use one of {RUNTIMES}")
-        self.runtime = runtime
-        self._unpacked = None
+        check_runtime(runtime, kernel)
+        self.runtime, self.kernel = runtime, kernel or ""
+        self.drop_prepacked()
 
-    def packed(self, widened: bool = True) -> PackedTensors:
-        """The tensors that a kernel computes this layer from; `widened`: with the one-a-byte codes of "fast"."""
+    def drop_prepacked(self) -> None:
+        """Free what a kernel keeps of this layer beside its codes; the next call builds it again."""
+        if self.owner.weight_codes is not None:
+            drop_prepacked(self.owner.weight_codes)
+
+    def packed(self) -> PackedTensors:
+        """The tensors that a kernel computes this layer from."""
         owner = self.owner
-        widened = widened and self.runtime == "fast"
+        spec = self.spec if owner is self else replace(owner.spec, inputs=self.spec.inputs)
+        own, tensors = self._parameters, owner._parameters
         return PackedTensors(
-            spec=replace(owner.spec, inputs=self.spec.inputs),
-            columns=owner.columns,
-            codes=owner.weight_codes,
-            scale=owner.weight_scale,
-            zero_point=owner.weight_zero_point,
-            outlier_positions=owner.weight_outlier_positions,
-            outlier_values=owner.weight_outlier_values,
-            input_scale=self.input_scale,
-            input_zero_point=self.input_zero_point,
-            unpacked=owner._unpacked_codes() if widened else None,
+            spec,
+            owner.columns,
+            tensors["weight_codes"],
+            tensors["weight_scale"],
+            tensors["weight_zero_point"],
+            tensors["weight_outlier_positions"],
+            tensors["weight_outlier_values"],
+            own.get("input_scale"),
+            own.get("input_zero_point"),
+            self.runtime,
+            self.kernel,
         )
-
-    def _unpacked_codes(self) -> Tensor:
-        """The codes one a byte, unpacked again whenever the packed ones are others than last time."""
-        codes = self.weight_codes
-        if self.spec.weight.bits == 8:
-            return codes
-        kept = self._unpacked
-        state = (codes.data_ptr(), 0 if codes.is_inference() else codes._version)
-        if kept is None or kept[0] is not codes or kept[1] != state:
-            kept = self._unpacked = (codes, state, unpack_codes(codes, self.spec.weight.bits, self.columns))
-        return kept[2]
 
     def quantized_weight(self) -> Tensor:
         """The dense weight that the codes (and outliers) stand for. Shapes: (O, I) float32."""
-        return self.packed(widened=False).weight()
+        return self.packed().weight()
 
     def _apply(self, fn, recurse: bool = True):
-        self._unpacked = None
+        self.drop_prepacked()
         return super()._apply(fn, recurse)
 
-    def __getstate__(self):
-        return {**self.__dict__, "_unpacked": None}
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        self.drop_prepacked()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+
+def check_runtime(runtime: str, kernel: str | None) -> None:
+    """Raise a ValueError for an unknown runtime or kernel."""
+    if runtime not in RUNTIMES:
+        raise ValueError(f"runtime={runtime!r} is unknown; use one of {RUNTIMES}")
+    if kernel is not None and kernel not in KERNELS:
+        raise ValueError(f"kernel={kernel!r} is unknown; use one of {sorted(KERNELS)}, or None for the fastest that serves")
 
 
 @torch.no_grad()
@@ -187,5 +191,6 @@ class PackedEmbedding(_Packed, nn.Embedding):
         rows = dequantize(codes, scale, zero_point, spec)
         if owner.weight_outlier_positions is not None:
             positions, values = owner.weight_outlier_positions, owner.weight_outlier_values
-            rows = rows + gather_outlier_rows(flat, owner.columns, positions, values)
+            gather = outlier_rows_op if torch.compiler.is_compiling() else gather_outlier_rows
+            rows = rows + gather(flat, owner.columns, positions, values)
         return rows.to(self.weight.dtype).view(*input.shape, owner.columns)

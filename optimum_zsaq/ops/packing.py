@@ -48,23 +48,49 @@ def _pack_block(codes: Tensor, bits: int) -> Tensor:
 def unpack_codes(packed: Tensor, bits: int, columns: int) -> Tensor:
     """The codes that `pack_codes` packed.
 
-    Shapes: packed (R, ceil(columns * bits / 8)) uint8 -> (R, columns) uint8.
+    Shapes: packed (R, ceil(columns * bits / 8)) uint8 -> (R, columns) uint8; at 8 bits the tensor itself.
     """
     if bits == 8:
         return packed
-    if bits in (2, 4):
-        shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
-        return ((packed.unsqueeze(-1) >> shifts) & (2**bits - 1)).flatten(-2)[:, :columns]
-    codes = packed.new_empty(packed.shape[0], columns)
+    unpack = _UNPACK.get(bits, _unpack_words)
     blocks = _row_blocks(packed.shape[0], columns)
+    if len(blocks) == 1:
+        return unpack(packed, bits)[:, :columns]
+    codes = packed.new_empty(packed.shape[0], columns)
     for start in blocks:
-        block = packed[start : start + blocks.step]
-        codes[start : start + blocks.step] = _unpack_block(block, bits)[:, :columns]
+        codes[start : start + blocks.step] = unpack(packed[start : start + blocks.step], bits)[:, :columns]
     return codes
 
 
-def _unpack_block(packed: Tensor, bits: int) -> Tensor:
+def _unpack_words(packed: Tensor, bits: int) -> Tensor:
     words = torch.nn.functional.pad(packed, (0, -packed.shape[1] % bits)).unflatten(-1, (-1, bits))
     words = torch.nn.functional.pad(words, (0, 8 - bits)).contiguous().view(torch.int64)
     shifts = torch.arange(0, 8 * bits, bits, device=packed.device)
     return ((words >> shifts) & (2**bits - 1)).to(torch.uint8).flatten(-2)
+
+
+# Each byte (three at 3 bits) is widened to a word of one byte a code, whose codes are moved apart in halving steps: some
+# five times faster than shifting each code out on its own.
+
+
+def _unpack_4(packed: Tensor, bits: int) -> Tensor:
+    word = packed.to(torch.int16)
+    return ((word | word << 4) & 0x0F0F).view(torch.uint8)
+
+
+def _unpack_2(packed: Tensor, bits: int) -> Tensor:
+    word = packed.to(torch.int32)
+    word = (word | word << 12) & 0x000F000F
+    return ((word | word << 6) & 0x03030303).view(torch.uint8)
+
+
+def _unpack_3(packed: Tensor, bits: int) -> Tensor:
+    triples = torch.nn.functional.pad(packed, (0, -packed.shape[1] % 3)).unflatten(-1, (-1, 3))
+    low, middle, high = triples.unbind(-1)
+    word = low.to(torch.int64) | middle.to(torch.int64) << 8 | high.to(torch.int64) << 16
+    word = (word | word << 20) & 0x00000FFF00000FFF
+    word = (word | word << 10) & 0x003F003F003F003F
+    return ((word | word << 5) & 0x0707070707070707).view(torch.uint8)
+
+
+_UNPACK = {2: _unpack_2, 3: _unpack_3, 4: _unpack_4}

@@ -134,8 +134,8 @@ def _is_packed(module: nn.Module) -> bool:
 def _kernel(module: nn.Module) -> str | None:
     if not isinstance(module, PackedLinear):
         return None
-    x = torch.empty(1, module.in_features, device=module.weight.device)
-    return choose_kernel(x, module.packed(widened=False)).name
+    x = torch.empty(1, module.in_features, dtype=module.weight.dtype)
+    return choose_kernel(x, module.packed()).name
 
 
 def _memory(model: nn.Module) -> dict[str, int]:

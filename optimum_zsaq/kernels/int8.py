@@ -1,0 +1,327 @@
+"""8-bit integer matmuls on CPU, by the libraries inside PyTorch (fbgemm, oneDNN).
+
+`runtime="fast"` keeps every weight once as int8 in the layout of one of them, one byte a weight whatever its width.
+`runtime="small"` keeps nothing and widens the packed codes a block of rows at a time. The arithmetic is exact in both up to
+the float32 multiplication by the scales, so both give the same numbers but for the order of float32 sums over groups.
+"""
+
+import logging
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from ..ops import unpack_codes
+from .integer_inputs import IntegerInputs, integer_inputs, static_range
+from .packed_tensors import PackedTensors
+from .prepacked import is_prepacked, prepacked
+
+
+logger = logging.getLogger(__name__)
+
+FEW_ROWS = 16  # fbgemm is faster up to here, oneDNN above: our choice, measured in docs/performance.md
+_BLOCK = 2**19  # weights that are widened at a time: they fit the second-level cache
+_SMALLEST_GROUP = 16  # smaller groups are faster dequantized
+
+
+class Int8:
+    """y = scale_in * (q_in - zero_in) @ (codes - zero).T * scale + bias, with integer products and sums."""
+
+    name = "int8"
+
+    def serves(self, x: Tensor, packed: PackedTensors) -> bool:
+        """Every scheme but very small groups, on CPUs with exact 8-bit arithmetic, for float32, bfloat16 and float16."""
+        group = packed.spec.weight.group_size
+        return (
+            x.device.type == "cpu"
+            and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
+            and (group is None or group >= _SMALLEST_GROUP)
+            and is_exact()
+        )
+
+    def __call__(self, x: Tensor, packed: PackedTensors, bias: Tensor | None) -> Tensor:
+        """x (..., I), bias (O,) or None -> (..., O) in x's dtype."""
+        if not x.numel():
+            return x.new_empty(*x.shape[:-1], packed.rows)
+        if packed.runtime == "small":
+            return blockwise(x, packed, bias)
+        with torch.no_grad():
+            inputs = integer_inputs(x, packed)
+            weight = _integer_weight(packed, inputs.rows)
+            out = weight.fused(inputs, packed, bias, x.dtype)
+            if out is None:
+                out = _finish(inputs, weight.products(inputs), packed, bias, x.dtype)
+        return out.view(*x.shape[:-1], packed.rows)
+
+
+def blockwise(x: Tensor, packed: PackedTensors, bias: Tensor | None) -> Tensor:
+    """The same on codes that are widened for the time of the call, at most about a million at a time."""
+    with torch.no_grad():
+        inputs = integer_inputs(x, packed)
+        out = _finish(inputs, _blockwise_products(inputs, packed), packed, bias, x.dtype)
+    return out.view(*x.shape[:-1], packed.rows)
+
+
+def integer_products(codes: Tensor, packed: PackedTensors) -> Tensor:
+    """(codes - 128) @ integer weight.T * scale, of a weight with one scale a row. Shapes: codes (M, I) uint8 -> (M, O)."""
+    inputs = IntegerInputs(codes, 1.0, 128, _codes=codes)
+    return _integer_weight(packed, len(codes)).products(inputs)
+
+
+def integer_sums(packed: PackedTensors) -> Tensor:
+    """The sum of each row of a weight with one scale a row. Shapes: -> (O,) float32."""
+    return _integer_weight(packed).sums[:, 0]
+
+
+def static_linear(codes: Tensor, packed: PackedTensors, bias: Tensor | None) -> Tensor:
+    """A layer on the codes of its static range. Shapes: codes (M, I) uint8, bias (O,) or None -> (M, O) float32."""
+    scale, point = static_range(packed)
+    inputs = IntegerInputs(codes, scale, point, _codes=codes)
+    weight = _integer_weight(packed, len(codes))
+    out = weight.fused(inputs, packed, bias, torch.float32)
+    return _finish(inputs, weight.products(inputs), packed, bias, torch.float32) if out is None else out
+
+
+def _finish(inputs: IntegerInputs, y: Tensor, packed: PackedTensors, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Products (M, O) float32 -> outputs in `dtype`: the inputs' scale, outliers, bias."""
+    if packed.outlier_positions is not None:
+        y = add_outliers(y.mul_(inputs.scale), inputs.dense(), packed)
+        y = y if bias is None else y.add_(bias)
+    elif bias is None:
+        y = y.mul_(inputs.scale)
+    elif isinstance(inputs.scale, float):
+        y = torch.add(bias.float(), y, alpha=inputs.scale, out=y)
+    else:
+        y = torch.addcmul(bias.float(), y, inputs.scale, out=y)
+    return y.to(dtype)
+
+
+def add_outliers(y: Tensor, x: Tensor, packed: PackedTensors) -> Tensor:
+    """Add what the outliers' residuals contribute, in place. Shapes: y (M, O) float32, x (M, I) float32 -> (M, O)."""
+    return y.add_((_outlier_matrix(packed) @ x.t()).t())
+
+
+def _outlier_matrix(packed: PackedTensors) -> Tensor:
+    return _sparse(packed) if packed.runtime == "small" else prepacked(packed, "outliers", _sparse)
+
+
+def _sparse(packed: PackedTensors) -> Tensor:
+    positions, columns = packed.outlier_positions, packed.columns
+    starts = torch.arange(packed.rows + 1, device=positions.device) * columns
+    rows = torch.searchsorted(positions.long(), starts).to(torch.int32)
+    values = packed.outlier_values.detach()
+    size = (packed.rows, columns)
+    return torch.sparse_csr_tensor(rows, positions % columns, values, size, check_invariants=False)
+
+
+# Integer weights -----------------------------------------------------------------------------------------------------
+
+
+def _segments(packed: PackedTensors) -> list[tuple[int, int]]:
+    """The runs of columns that share a scale in every row."""
+    size = packed.spec.weight.group_size or packed.columns
+    return [(start, min(start + size, packed.columns)) for start in range(0, packed.columns, size)]
+
+
+def _per_row(values: Tensor, rows: int) -> Tensor:
+    """Scales or zero points (1, 1), (O, 1) or (O, G) as (O, G)."""
+    return values.expand(rows, -1)
+
+
+class _IntegerWeight:
+    """A weight as int8, in a library's layout: weight[o, i] = scale[o, g] * w[o, i] - zero[o, g].
+
+    Only 8-bit codes with a zero point need `zero`; the others are int8 after their zero point was subtracted.
+    """
+
+    def __init__(self, packed: PackedTensors):
+        spec = packed.spec.weight
+        self.segments = _segments(packed)
+        widths = torch.tensor([stop - start for start, stop in self.segments])
+        scale, zero = _per_row(packed.scale, packed.rows), None
+        if packed.zero_point is not None:
+            zero = _per_row(packed.zero_point, packed.rows)
+        weight = unpack_codes(packed.codes, spec.bits, packed.columns)
+        self.zero = None
+        if zero is not None and spec.bits < 8:
+            weight = weight - zero.repeat_interleave(widths, dim=1, output_size=packed.columns)
+        else:
+            weight = weight - 2 ** (spec.bits - 1)
+        if zero is not None and spec.bits == 8:
+            self.zero = (zero.float() - 128.0) * scale
+        weight = weight.view(torch.int8)  # what wrapped around in uint8 is right in int8
+        sums = torch.stack([weight[:, a:b].sum(dim=1, dtype=torch.int32) for a, b in self.segments], dim=1)
+        self.sums = sums * scale if self.zero is None else sums * scale - self.zero * widths
+        parts = (weight[:, a:b].contiguous() for a, b in self.segments)
+        self.parts = [self.pack(part, scale[:, group].contiguous()) for group, part in enumerate(parts)]
+
+    def pack(self, weight: Tensor, scale: Tensor) -> tuple:
+        """What `multiply` needs of the columns of one group. Shapes: weight (O, g) int8, scale (O,) float32."""
+        raise NotImplementedError
+
+    def multiply(self, part: tuple, inputs: IntegerInputs, columns: slice) -> Tensor:
+        """levels[:, columns] @ w.T * scale. Shapes: -> (digits * M, O) float32."""
+        raise NotImplementedError
+
+    def products(self, inputs: IntegerInputs) -> Tensor:
+        """The input's integers times the weight. Shapes: -> (M, O) float32."""
+        total = None
+        for group, (part, (start, stop)) in enumerate(zip(self.parts, self.segments, strict=True)):
+            columns = slice(start, stop)
+            y = inputs.combine(self.multiply(part, inputs, columns))
+            if inputs.shift is not None:
+                y.addr_(inputs.shift.view(-1), self.sums[:, group])
+            if self.zero is not None:
+                sums = inputs.combine(
+                    inputs.codes[:, columns].sum(dim=1, dtype=torch.int32).float() - inputs.point * (stop - start)
+                )
+                y.addr_(sums, self.zero[:, group], alpha=-1)
+            total = y if total is None else total.add_(y)
+        return total
+
+    def fused(self, inputs: IntegerInputs, packed: PackedTensors, bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+        """The whole layer (M, O) in one call, where this library can; else None."""
+        return None
+
+
+class _OneDNN(_IntegerWeight):
+    """In oneDNN's layout, which is the fastest from some 16 rows on."""
+
+    def pack(self, weight: Tensor, scale: Tensor) -> tuple:
+        zeros = torch.zeros(len(weight), dtype=torch.int32)
+        return torch.ops.onednn.qlinear_prepack(weight, None), scale, zeros
+
+    def multiply(self, part: tuple, inputs: IntegerInputs, columns: slice) -> Tensor:
+        codes = inputs.codes if len(self.parts) == 1 else inputs.codes[:, columns].contiguous()
+        return _qlinear(codes, 1.0, inputs.point, part, None, torch.float32)
+
+    def fused(self, inputs: IntegerInputs, packed: PackedTensors, bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+        """With one scale and one zero point for all rows, of the input and of the weight's columns."""
+        alone = len(self.parts) == 1 and self.zero is None and packed.outlier_positions is None
+        if not alone or inputs.shift is not None or inputs.digits > 1 or not isinstance(inputs.scale, float):
+            return None
+        out_dtype = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+        bias = None if bias is None else bias.float()
+        return _qlinear(inputs.codes, inputs.scale, inputs.point, self.parts[0], bias, out_dtype).to(dtype)
+
+
+class _Fbgemm(_IntegerWeight):
+    """In fbgemm's layout, which is the fastest for few rows."""
+
+    def pack(self, weight: Tensor, scale: Tensor) -> tuple:
+        zeros = torch.zeros(len(weight), dtype=torch.int64)
+        quantized = torch._make_per_channel_quantized_tensor(weight, scale.double(), zeros, 0)
+        engine = torch.backends.quantized.engine
+        torch.backends.quantized.engine = "fbgemm"
+        try:
+            return (torch.ops.quantized.linear_prepack(quantized, None),)
+        finally:
+            torch.backends.quantized.engine = engine
+
+    def multiply(self, part: tuple, inputs: IntegerInputs, columns: slice) -> Tensor:
+        linear = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32
+        return linear(inputs.levels[:, columns], 1.0, inputs.point, *part)
+
+
+def _qlinear(codes: Tensor, scale: float, point: int, part: tuple, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    weight, scales, zeros = part
+    linear = torch.ops.onednn.qlinear_pointwise
+    return linear(codes, scale, point, weight, scales, zeros, bias, 1.0, 0, dtype, "none", [], "")
+
+
+def _integer_weight(packed: PackedTensors, rows: int = FEW_ROWS + 1) -> _IntegerWeight:
+    """In oneDNN's layout until the first input of few rows, then in fbgemm's: never both."""
+    if rows <= FEW_ROWS or is_prepacked(packed, "fbgemm"):
+        return prepacked(packed, "fbgemm", _Fbgemm, instead_of="onednn")
+    return prepacked(packed, "onednn", _OneDNN)
+
+
+# Packed codes, a block of rows at a time ---------------------------------------------------------------------------------
+
+
+def _blockwise_products(inputs: IntegerInputs, packed: PackedTensors) -> Tensor:
+    """The input's integers times the weight, from int32 sums. Shapes: -> (M, O) float32.
+
+    With q = codes of the input - 128, z = its zero point - 128, w the codes of the weight and u their zero point, over n
+    columns: sum (q - z)(w - u) = sum qw - z sum w - u (sum q - n z). A row of ones among the inputs gives sum w.
+    """
+    signed = inputs.codes.bitwise_xor(128).view(torch.int8)
+    left = torch.cat([signed, signed.new_ones(1, packed.columns)])
+    zero = _zero_points(inputs)
+    segments = _segments(packed)
+    sums = [left[:-1, a:b].sum(dim=1, dtype=torch.int32) for a, b in segments]
+    if zero is not None:
+        sums = [s - zero * (b - a) for s, (a, b) in zip(sums, segments, strict=True)]
+    out = torch.empty(inputs.rows, packed.rows)
+    step = max(1, _BLOCK // packed.columns)
+    for start in range(0, packed.rows, step):
+        rows = slice(start, min(start + step, packed.rows))
+        weight, offset = _widened(packed, rows)
+        scale = _per_row(packed.scale if len(packed.scale) == 1 else packed.scale[rows], len(weight))
+        total = None
+        for group, (a, b) in enumerate(segments):
+            y = torch._int_mm(left[:, a:b], weight[:, a:b].t())
+            y, weight_sums = y[:-1], y[-1]
+            if zero is not None:
+                y.addr_(zero, weight_sums, alpha=-1)
+            if offset is not None:
+                y.addr_(sums[group], offset[:, group], alpha=-1)
+            y = inputs.combine(y * scale[:, group])
+            total = y if total is None else total.add_(y)
+        out[:, rows] = total
+    return out
+
+
+def _zero_points(inputs: IntegerInputs) -> Tensor | None:
+    """The zero point of each row of `codes - 128`, (M,) int32; None where all are zero."""
+    if inputs.shift is not None:
+        return (inputs.point - 128) - inputs.shift.view(-1).nan_to_num().to(torch.int32)
+    if inputs.point == 128:
+        return None
+    return torch.full((inputs.rows,), inputs.point - 128, dtype=torch.int32)
+
+
+def _widened(packed: PackedTensors, rows: slice) -> tuple[Tensor, Tensor | None]:
+    """Codes of some rows as (r, I) int8, and their zero points as (r, G) int32, None where all are zero."""
+    spec = packed.spec.weight
+    weight, shift = unpack_codes(packed.codes[rows], spec.bits, packed.columns), 0
+    if spec.bits == 8:
+        weight, shift = weight ^ 128, 128
+    if spec.symmetric:
+        offset = None if spec.offset == shift else torch.tensor(spec.offset).view(1, 1)
+    else:
+        offset = packed.zero_point if len(packed.zero_point) == 1 else packed.zero_point[rows]
+    if offset is not None:
+        offset = _per_row(offset.to(torch.int32) - shift, len(weight))
+        if offset.shape[1] == 1 and packed.spec.weight.granularity == "group":
+            offset = offset.expand(-1, len(_segments(packed)))
+    return weight.view(torch.int8), offset
+
+
+# Whether this machine can --------------------------------------------------------------------------------------------
+
+
+@torch.compiler.assume_constant_result
+def is_exact() -> bool:
+    """Whether the libraries multiply extreme 8-bit integers exactly here; CPUs without VNNI saturate 16-bit sums."""
+    return _multiplies_exactly()
+
+
+@lru_cache
+def _multiplies_exactly() -> bool:
+    weight = torch.tensor([[127] * 64, [-128] * 64, [1] * 64], dtype=torch.int8)
+    codes = torch.tensor([[255] * 64, [0] * 64, [200, 3] * 32], dtype=torch.uint8).repeat(FEW_ROWS, 1)
+    expected = (codes.double() - 3) @ weight.double().t()
+    inputs = IntegerInputs(codes.float() - 3, 1.0, 3)
+    try:
+        found = []
+        for layout in (_OneDNN, _Fbgemm):
+            layer = object.__new__(layout)
+            layer.parts = [layer.pack(weight, torch.ones(3))]
+            found.append(layer.multiply(layer.parts[0], inputs, slice(None)))
+        signed = codes.bitwise_xor(128).view(torch.int8)
+        found.append(torch._int_mm(signed, weight.t()) + 125 * weight.sum(dim=1, dtype=torch.int32))
+    except (RuntimeError, AttributeError) as error:
+        logger.info("8-bit matmuls are not available on this machine: %s", error)
+        return False
+    return all(torch.equal(y.double(), expected) for y in found)

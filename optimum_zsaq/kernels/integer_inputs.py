@@ -1,0 +1,183 @@
+"""A layer's input as 8-bit integers, exactly as its scheme defines them, with as few passes over memory as torch allows.
+
+Inputs that stay float (`inputs=None`) become two or three 8-bit digits of one fixed-point number a row: int8 matmuls then
+compute a weight-only layer, with an error far below that of its dtype.
+"""
+
+import math
+import threading
+import weakref
+from ctypes import c_float
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from ..spec import QuantSpec
+from .packed_tensors import PackedTensors
+
+
+_BLOCK = 2**18  # values that are quantized at a time
+_DIGITS = {torch.float32: 3, torch.bfloat16: 2, torch.float16: 2}
+_RANGES: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # input_scale -> (its version, scale, zero point)
+_LAST = threading.local()
+
+
+@dataclass(slots=True, eq=False)
+class IntegerInputs:
+    """M rows of I values: x = scale * (sum over digits d of 256^(digits - 1 - d) * levels[d] + shift).
+
+    Shapes: x (M, I) float32, bfloat16 or float16; scale () float or (M, 1) float32; shift (M, 1) float32, integers, or
+    None for zero; levels and codes (digits * M, I). `highest` is the largest code.
+    """
+
+    x: Tensor
+    scale: float | Tensor
+    point: int
+    shift: Tensor | None = None
+    highest: int = 255
+    digits: int = 1
+    _codes: Tensor | None = None
+
+    @property
+    def rows(self) -> int:
+        """M."""
+        return len(self.x)
+
+    @property
+    def levels(self) -> Tensor:
+        """codes - point, for few rows. Shapes: (digits * M, I) float32, integers."""
+        if self._codes is not None:
+            return self._codes.float().sub_(self.point)
+        return self._levels(slice(None))
+
+    @property
+    def codes(self) -> Tensor:
+        """levels + point. Shapes: (digits * M, I) uint8. Some rows at a time, so that what is between stays in the cache."""
+        if self._codes is None:
+            step = max(1, _BLOCK // self.x.shape[1])
+            if self.rows <= step:
+                self._codes = _to_bytes(self._levels(slice(None)), self.point)
+            else:
+                self._codes = torch.empty(self.x.shape, dtype=torch.uint8)
+                for start in range(0, self.rows, step):
+                    rows = slice(start, start + step)
+                    self._codes[rows] = _to_bytes(self._levels(rows), self.point)
+        return self._codes
+
+    def _levels(self, rows: slice) -> Tensor:
+        """Eight-bit codes may lie outside by one yet: they saturate when they become bytes."""
+        one_range = isinstance(self.scale, float)
+        levels = (self.x[rows].float() / (self.scale if one_range else self.scale[rows])).round_()
+        shift = 0 if self.shift is None else self.shift[rows]
+        if self.shift is not None:
+            levels.sub_(shift)
+        return levels if self.highest == 255 else levels.clamp_(-self.point, self.highest - self.point)
+
+    def dense(self) -> Tensor:
+        """The values. Shapes: (M, I) float32."""
+        levels = self.combine(self.codes.float().sub_(self.point))
+        if self.shift is not None:
+            levels = levels.add_(self.shift)
+        return levels.mul_(self.scale)
+
+    def combine(self, products: Tensor) -> Tensor:
+        """One row of every `digits`. Shapes: (digits * M, N) float32 -> (M, N)."""
+        if self.digits == 1:
+            return products
+        high, *rest = products.unflatten(0, (self.digits, -1))
+        for low in rest:
+            high = high * 256.0 + low
+        return high
+
+
+def _to_bytes(levels: Tensor, point: int) -> Tensor:
+    """levels + point as uint8, saturating."""
+    quantized = torch.quantize_per_tensor(levels, 1.0, point, torch.quint8)
+    codes = torch.empty(0, dtype=torch.uint8)  # over the same bytes: int_repr() would copy them, and slowly
+    return codes.set_(quantized.untyped_storage(), 0, levels.shape)
+
+
+def integer_inputs(x: Tensor, packed: PackedTensors) -> IntegerInputs:
+    """The input of a layer as integers. Layers that read the same tensor in the same way, as Q, K and V do, share it.
+
+    Shapes: x (..., I) float32, bfloat16 or float16 with at least one element. A NaN in a row makes the row's results NaN,
+    except with a static range, whose codes have no NaN.
+    """
+    spec = packed.spec.inputs
+    static = static_range(packed) if spec is not None and spec.granularity == "tensor" else None
+    key = (spec, static)
+    if x.is_inference():  # cannot tell whether it was written to since
+        return _integers(x, spec, static)
+    last = getattr(_LAST, "value", None)
+    if last is not None and last[0]() is x and last[1] == (x._version, key):
+        return last[2]
+    inputs = _integers(x, spec, static)
+    _LAST.value = (weakref.ref(x, _forget), (x._version, key), inputs)
+    return inputs
+
+
+def _forget(reference: weakref.ref) -> None:
+    last = getattr(_LAST, "value", None)
+    if last is not None and last[0] is reference:
+        _LAST.value = None
+
+
+def static_range(packed: PackedTensors) -> tuple[float, int]:
+    """Scale and zero point of a static input."""
+    scale = packed.input_scale
+    version = None if scale.is_inference() else (scale.data_ptr(), scale._version)
+    kept = _RANGES.get(scale)
+    if kept is None or version is None or kept[0] != version:
+        kept = _RANGES[scale] = (version, scale.item(), int(packed.input_zero_point.item()))
+    return kept[1:]
+
+
+def _integers(x: Tensor, spec: QuantSpec | None, static: tuple[float, int] | None) -> IntegerInputs:
+    x = x.detach().reshape(-1, x.shape[-1]).contiguous()
+    if spec is None:
+        return _fixed_point(x)
+    if static is not None:
+        return IntegerInputs(x, *static, highest=spec.highest)
+    return _one_token(x, spec) if len(x) == 1 else _tokens(x, spec)
+
+
+def _one_token(x: Tensor, spec: QuantSpec) -> IntegerInputs:
+    """As `_tokens`, the arithmetic of the range in Python: a single row is all overhead."""
+    low, high = (value.item() for value in torch.aminmax(x))
+    low, high = min(low, 0.0), max(high, 0.0)
+    scale = _float32(_float32(high - low) / spec.highest)
+    if not math.isfinite(scale):
+        return IntegerInputs(x, math.nan, 0)
+    scale = scale or 1.0
+    return IntegerInputs(x, scale, round(_float32(-low / scale)), highest=spec.highest)
+
+
+def _float32(value: float) -> float:
+    """Rounded as float32 arithmetic would; one operation in float64 before does not change that."""
+    return c_float(value).value
+
+
+def _tokens(x: Tensor, spec: QuantSpec) -> IntegerInputs:
+    """`ops.fake_quantize_tokens`, but for the last multiplication."""
+    low = x.amin(dim=-1, keepdim=True).float().clamp_(max=0.0)
+    scale = x.amax(dim=-1, keepdim=True).float().clamp_(min=0.0).sub_(low).div_(spec.highest)
+    scale.masked_fill_(scale == 0, 1.0)
+    zero_point = low.neg_().div_(scale).round_()
+    first = zero_point[0].item()
+    point = int(first) if math.isfinite(first) else 0  # near the others, so that little is lost in subtracting them
+    return IntegerInputs(x, scale, point, point - zero_point, spec.highest)
+
+
+def _fixed_point(x: Tensor) -> IntegerInputs:
+    """Each row in units of its largest magnitude: 24 bits (three digits) or 16, more than its dtype resolves near it."""
+    digits = _DIGITS[x.dtype]
+    offset = sum(128 << (8 * d) for d in range(digits))
+    highest = 2 ** (8 * digits) - 1 - offset
+    scale = x.abs().amax(dim=-1, keepdim=True).float().div_(highest)
+    scale.masked_fill_(scale == 0, 1.0)
+    fixed = (x / scale).round_().clamp_(-highest, highest).to(torch.int32).add_(offset)
+    digit_bytes = fixed.unsqueeze(-1).view(torch.uint8)[..., :digits].flip(-1)  # little-endian: the highest digit first
+    codes = digit_bytes.permute(2, 0, 1).reshape(-1, x.shape[1])
+    return IntegerInputs(x, scale, 128, digits=digits, _codes=codes)
