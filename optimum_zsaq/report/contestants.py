@@ -138,10 +138,10 @@ CONTESTANTS: dict[str, Contestant] = {
         (ENCODER,),
     ),
     "openvino-fp32": _openvino("float32", "f32"),
-    "openvino-bf16": _on_request(_openvino("float32 on disk, bfloat16 hint", "bf16")),
+    "openvino-bf16": _openvino("float32 on disk, bfloat16 hint", "bf16"),
     "openvino-w8a8": _openvino("nncf.quantize, 8-bit weights, static 8-bit inputs", "f32", quantized=True),
-    "openvino-w8a8-bf16": _on_request(
-        _openvino("nncf.quantize, 8-bit weights, static 8-bit inputs, bfloat16 hint", "bf16", quantized=True)
+    "openvino-w8a8-bf16": _openvino(
+        "nncf.quantize, 8-bit weights, static 8-bit inputs, bfloat16 hint", "bf16", quantized=True
     ),
 }
 

@@ -128,7 +128,7 @@ def load_quanto(weights: str) -> Callable[[Path, Job], Any]:
     def load(folder: Path, job: Job) -> Any:
         from transformers import QuantoConfig
 
-        skipped = [*(float_layers(folder) or ()), "pooler"]  # its 4-bit kernel refuses a pooler's strided input
+        skipped = [*(float_layers(folder) or ()), ".*pooler"]  # its 4-bit kernel refuses a pooler's strided input
         config = QuantoConfig(weights=weights, modules_to_not_convert=skipped)
         return from_folder(folder, "bfloat16", quantization_config=config)
 
