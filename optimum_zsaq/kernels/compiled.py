@@ -1,8 +1,8 @@
 """Packed layers in graphs that torch.compile and torch.export make: custom operators, opaque to the tracer.
 
 `zsaq::packed_linear` is any layer on any kernel. Where no gradient is asked for and the kernel is "int8", the input's
-quantization and the scaling of the result are left to the compiler, which fuses them with what is before and after, and only
-the integer products are opaque.
+quantization and the scaling of the result are left to the compiler, which fuses them with what is around them; only the
+integer products are opaque.
 """
 
 from functools import lru_cache

@@ -20,14 +20,14 @@ class PackedLinearFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, bias: Tensor | None, packed: PackedTensors, kernel: "Kernel") -> Tensor:
+    def forward(ctx, x: Tensor, bias: Tensor | None, packed: PackedTensors, kernel: "Kernel") -> Tensor:  # noqa: D102
         ctx.packed = packed
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.save_for_backward(x if packed.input_scale is not None and packed.spec.inputs is not None else None)
         return kernel(x, packed, bias)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx, grad: Tensor):  # noqa: D102
         (x,) = ctx.saved_tensors
         grad_x = input_gradient(grad, ctx.packed, x) if ctx.needs_input_grad[0] else None
         grad_bias = grad.reshape(-1, grad.shape[-1]).sum(dim=0).to(ctx.bias_dtype) if ctx.needs_input_grad[1] else None

@@ -1,4 +1,4 @@
-"""Weight-only layers at 2 to 4 bits in bfloat16, by ATen's int4 kernel for CPUs: made for decoding, a few rows at a time."""
+"""Weight-only layers at 2 to 4 bits in bfloat16, by ATen's int4 kernel for CPUs: made for decoding, few rows at once."""
 
 from functools import lru_cache
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..ops import unpack_codes
-from .int8 import add_outliers, blockwise
+from .int8 import add_outliers, blockwise, is_exact
 from .packed_tensors import PackedTensors
 from .prepacked import prepacked
 
@@ -32,25 +32,27 @@ class Int4:
             and (weight.bits <= 4 if weight.symmetric else weight.bits <= 3)
             and (weight.granularity != "group" or weight.group_size in _GROUPS)
             and is_available()
+            and is_exact()
         )
 
     def __call__(self, x: Tensor, packed: PackedTensors, bias: Tensor | None) -> Tensor:
         """x (..., I), bias (O,) or None -> (..., O) bfloat16."""
         if x.numel() > _FEW_ROWS * packed.columns:
             return blockwise(x, packed, bias)
-        with torch.no_grad():
-            codes, size, scales = prepacked(packed, "int4", _pack)
-            flat = x.reshape(-1, packed.columns).contiguous()
-            padding = scales.shape[0] * size - packed.columns
-            padded = torch.nn.functional.pad(flat, (0, padding)) if padding else flat
-            y = torch.ops.aten._weight_int4pack_mm_for_cpu(padded, codes, size, scales)[:, : packed.rows]
-            if packed.outlier_positions is not None:
-                y = add_outliers(y.float(), flat.float(), packed).to(x.dtype)
-            if bias is not None:
-                y = y + bias
-        return y.reshape(*x.shape[:-1], packed.rows)
+        codes, size, scales = prepacked(packed, "int4", _pack)
+        flat = x.detach().reshape(-1, packed.columns).contiguous()
+        padding = len(scales) * size - packed.columns
+        padded = torch.nn.functional.pad(flat, (0, padding)) if padding else flat
+        y = torch._weight_int4pack_mm_for_cpu(padded, codes, size, scales)
+        y = y if y.shape[1] == packed.rows else y[:, : packed.rows].contiguous()
+        if packed.outlier_positions is not None:
+            y = add_outliers(y.float(), flat.float(), packed).to(x.dtype)
+        if bias is not None:
+            y += bias
+        return y.view(*x.shape[:-1], packed.rows)
 
 
+@torch.no_grad()
 def _pack(packed: PackedTensors) -> tuple[Tensor, int, Tensor]:
     """The kernel's layout of the codes, its group size, and scales with zeros (groups, padded O, 2) bfloat16."""
     spec, columns = packed.spec.weight, packed.columns
@@ -67,7 +69,7 @@ def _pack(packed: PackedTensors) -> tuple[Tensor, int, Tensor]:
     scale = packed.scale.expand(packed.rows, -1).expand(-1, groups) if packed.scale.shape[1] == 1 else packed.scale
     scale = torch.nn.functional.pad(scale, (0, 0, 0, -packed.rows % _ROWS)).t()
     scales = torch.stack([scale, torch.zeros_like(scale)], dim=-1).to(torch.bfloat16).contiguous()
-    return torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1), size, scales
+    return torch._convert_weight_to_int4pack_for_cpu(codes, 1), size, scales
 
 
 @torch.compiler.assume_constant_result
@@ -79,9 +81,9 @@ def is_available() -> bool:
 @lru_cache
 def _runs() -> bool:
     try:
-        codes = torch.ops.aten._convert_weight_to_int4pack_for_cpu(torch.full((32, 32), 9, dtype=torch.int32), 1)
+        codes = torch._convert_weight_to_int4pack_for_cpu(torch.full((32, 32), 9, dtype=torch.int32), 1)
         scales = torch.tensor([1.0, 0.0], dtype=torch.bfloat16).expand(1, 32, 2).contiguous()
-        y = torch.ops.aten._weight_int4pack_mm_for_cpu(torch.ones(1, 32, dtype=torch.bfloat16), codes, 32, scales)
+        y = torch._weight_int4pack_mm_for_cpu(torch.ones(1, 32, dtype=torch.bfloat16), codes, 32, scales)
     except (RuntimeError, AttributeError):
         return False
     return bool((y == 32).all())

@@ -6,20 +6,20 @@ the float32 multiplication by the scales, so both give the same numbers but for 
 """
 
 import logging
+import warnings
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from ..ops import unpack_codes
-from .integer_inputs import IntegerInputs, integer_inputs, static_range
+from .integer_inputs import FEW_ROWS, IntegerInputs, integer_inputs, static_range
 from .packed_tensors import PackedTensors
-from .prepacked import is_prepacked, prepacked
+from .prepacked import all_prepacked, prepacked
 
 
 logger = logging.getLogger(__name__)
 
-FEW_ROWS = 16  # fbgemm is faster up to here, oneDNN above: our choice, measured in docs/performance.md
 _BLOCK = 2**19  # weights that are widened at a time: they fit the second-level cache
 _SMALLEST_GROUP = 16  # smaller groups are faster dequantized
 
@@ -45,20 +45,18 @@ class Int8:
             return x.new_empty(*x.shape[:-1], packed.rows)
         if packed.runtime == "small":
             return blockwise(x, packed, bias)
-        with torch.no_grad():
-            inputs = integer_inputs(x, packed)
-            weight = _integer_weight(packed, inputs.rows)
-            out = weight.fused(inputs, packed, bias, x.dtype)
-            if out is None:
-                out = _finish(inputs, weight.products(inputs), packed, bias, x.dtype)
+        inputs = integer_inputs(x, packed)
+        weight = _integer_weight(packed, len(inputs.x) * inputs.digits)
+        out = weight.fused(inputs, packed, bias, x.dtype)
+        if out is None:
+            out = _finish(inputs, weight.products(inputs), packed, bias, x.dtype)
         return out.view(*x.shape[:-1], packed.rows)
 
 
 def blockwise(x: Tensor, packed: PackedTensors, bias: Tensor | None) -> Tensor:
     """The same on codes that are widened for the time of the call, at most about a million at a time."""
-    with torch.no_grad():
-        inputs = integer_inputs(x, packed)
-        out = _finish(inputs, _blockwise_products(inputs, packed), packed, bias, x.dtype)
+    inputs = integer_inputs(x, packed)
+    out = _finish(inputs, _blockwise_products(inputs, packed), packed, bias, x.dtype)
     return out.view(*x.shape[:-1], packed.rows)
 
 
@@ -93,7 +91,7 @@ def _finish(inputs: IntegerInputs, y: Tensor, packed: PackedTensors, bias: Tenso
         y = torch.add(bias.float(), y, alpha=inputs.scale, out=y)
     else:
         y = torch.addcmul(bias.float(), y, inputs.scale, out=y)
-    return y.to(dtype)
+    return y if dtype == torch.float32 else y.to(dtype)
 
 
 def add_outliers(y: Tensor, x: Tensor, packed: PackedTensors) -> Tensor:
@@ -134,6 +132,7 @@ class _IntegerWeight:
     Only 8-bit codes with a zero point need `zero`; the others are int8 after their zero point was subtracted.
     """
 
+    @torch.no_grad()
     def __init__(self, packed: PackedTensors):
         spec = packed.spec.weight
         self.segments = _segments(packed)
@@ -159,8 +158,8 @@ class _IntegerWeight:
         """What `multiply` needs of the columns of one group. Shapes: weight (O, g) int8, scale (O,) float32."""
         raise NotImplementedError
 
-    def multiply(self, part: tuple, inputs: IntegerInputs, columns: slice) -> Tensor:
-        """levels[:, columns] @ w.T * scale. Shapes: -> (digits * M, O) float32."""
+    def multiply(self, part: tuple, inputs: IntegerInputs, columns: slice | None) -> Tensor:
+        """levels[:, columns] @ w.T * scale; None: all columns. Shapes: -> (digits * M, O) float32."""
         raise NotImplementedError
 
     def products(self, inputs: IntegerInputs) -> Tensor:
@@ -168,7 +167,7 @@ class _IntegerWeight:
         total = None
         for group, (part, (start, stop)) in enumerate(zip(self.parts, self.segments, strict=True)):
             columns = slice(start, stop)
-            y = inputs.combine(self.multiply(part, inputs, columns))
+            y = inputs.combine(self.multiply(part, inputs, columns if len(self.parts) > 1 else None))
             if inputs.shift is not None:
                 y.addr_(inputs.shift.view(-1), self.sums[:, group])
             if self.zero is not None:
@@ -191,8 +190,8 @@ class _OneDNN(_IntegerWeight):
         zeros = torch.zeros(len(weight), dtype=torch.int32)
         return torch.ops.onednn.qlinear_prepack(weight, None), scale, zeros
 
-    def multiply(self, part: tuple, inputs: IntegerInputs, columns: slice) -> Tensor:
-        codes = inputs.codes if len(self.parts) == 1 else inputs.codes[:, columns].contiguous()
+    def multiply(self, part: tuple, inputs: IntegerInputs, columns: slice | None) -> Tensor:
+        codes = inputs.codes if columns is None else inputs.codes[:, columns].contiguous()
         return _qlinear(codes, 1.0, inputs.point, part, None, torch.float32)
 
     def fused(self, inputs: IntegerInputs, packed: PackedTensors, bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -214,26 +213,30 @@ class _Fbgemm(_IntegerWeight):
         engine = torch.backends.quantized.engine
         torch.backends.quantized.engine = "fbgemm"
         try:
-            return (torch.ops.quantized.linear_prepack(quantized, None),)
+            packed = torch.ops.quantized.linear_prepack.default(quantized, None)
+            return torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32.default, packed
         finally:
             torch.backends.quantized.engine = engine
 
-    def multiply(self, part: tuple, inputs: IntegerInputs, columns: slice) -> Tensor:
-        linear = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32
-        return linear(inputs.levels[:, columns], 1.0, inputs.point, *part)
+    def multiply(self, part: tuple, inputs: IntegerInputs, columns: slice | None) -> Tensor:
+        linear, weight = part
+        return linear(inputs.levels if columns is None else inputs.levels[:, columns], 1.0, inputs.point, weight)
 
 
 def _qlinear(codes: Tensor, scale: float, point: int, part: tuple, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     weight, scales, zeros = part
-    linear = torch.ops.onednn.qlinear_pointwise
+    linear = torch.ops.onednn.qlinear_pointwise.default
     return linear(codes, scale, point, weight, scales, zeros, bias, 1.0, 0, dtype, "none", [], "")
 
 
 def _integer_weight(packed: PackedTensors, rows: int = FEW_ROWS + 1) -> _IntegerWeight:
     """In oneDNN's layout until the first input of few rows, then in fbgemm's: never both."""
-    if rows <= FEW_ROWS or is_prepacked(packed, "fbgemm"):
+    kept = all_prepacked(packed)
+    if "fbgemm" in kept:
+        return kept["fbgemm"]
+    if rows <= FEW_ROWS and _multiplies_exactly(_Fbgemm):
         return prepacked(packed, "fbgemm", _Fbgemm, instead_of="onednn")
-    return prepacked(packed, "onednn", _OneDNN)
+    return kept["onednn"] if "onednn" in kept else prepacked(packed, "onednn", _OneDNN)
 
 
 # Packed codes, a block of rows at a time ---------------------------------------------------------------------------------
@@ -303,25 +306,27 @@ def _widened(packed: PackedTensors, rows: slice) -> tuple[Tensor, Tensor | None]
 
 @torch.compiler.assume_constant_result
 def is_exact() -> bool:
-    """Whether the libraries multiply extreme 8-bit integers exactly here; CPUs without VNNI saturate 16-bit sums."""
-    return _multiplies_exactly()
+    """Whether 8-bit matmuls are exact here: CPUs without VNNI saturate 16-bit sums."""
+    return _multiplies_exactly(_OneDNN) and _multiplies_exactly(None)
 
 
 @lru_cache
-def _multiplies_exactly() -> bool:
+def _multiplies_exactly(layout: type[_IntegerWeight] | None) -> bool:
+    """Extreme codes in a library's layout, or None for packed codes. PyTorch warns of quantized dtypes once: not users."""
     weight = torch.tensor([[127] * 64, [-128] * 64, [1] * 64], dtype=torch.int8)
     codes = torch.tensor([[255] * 64, [0] * 64, [200, 3] * 32], dtype=torch.uint8).repeat(FEW_ROWS, 1)
-    expected = (codes.double() - 3) @ weight.double().t()
-    inputs = IntegerInputs(codes.float() - 3, 1.0, 3)
     try:
-        found = []
-        for layout in (_OneDNN, _Fbgemm):
-            layer = object.__new__(layout)
-            layer.parts = [layer.pack(weight, torch.ones(3))]
-            found.append(layer.multiply(layer.parts[0], inputs, slice(None)))
-        signed = codes.bitwise_xor(128).view(torch.int8)
-        found.append(torch._int_mm(signed, weight.t()) + 125 * weight.sum(dim=1, dtype=torch.int32))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            inputs = IntegerInputs(codes.float() - 3, 1.0, 3)
+            signed = inputs.codes.bitwise_xor(128).view(torch.int8)
+            if layout is None:
+                found = torch._int_mm(signed, weight.t()) + 125 * weight.sum(dim=1, dtype=torch.int32)
+            else:
+                layer = object.__new__(layout)
+                layer.parts = [layer.pack(weight, torch.ones(3))]
+                found = layer.multiply(layer.parts[0], inputs, None)
     except (RuntimeError, AttributeError) as error:
         logger.info("8-bit matmuls are not available on this machine: %s", error)
         return False
-    return all(torch.equal(y.double(), expected) for y in found)
+    return torch.equal(found.double(), (codes.double() - 3) @ weight.double().t())

@@ -7,6 +7,7 @@ compute a weight-only layer, with an error far below that of its dtype.
 import math
 import threading
 import weakref
+from collections.abc import Sequence
 from ctypes import c_float
 from dataclasses import dataclass
 
@@ -18,6 +19,7 @@ from ..spec import QuantSpec
 from .packed_tensors import PackedTensors
 
 
+FEW_ROWS = 16  # up to here fbgemm is faster, which takes levels, above oneDNN, which takes codes: docs/performance.md
 _BLOCK = 2**18  # values that are quantized at a time
 _DIGITS = {torch.float32: 3, torch.bfloat16: 2, torch.float16: 2}
 _RANGES: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # input_scale -> (its version, scale, zero point)
@@ -39,6 +41,7 @@ class IntegerInputs:
     highest: int = 255
     digits: int = 1
     _codes: Tensor | None = None
+    _floats: Tensor | None = None
 
     @property
     def rows(self) -> int:
@@ -48,30 +51,29 @@ class IntegerInputs:
     @property
     def levels(self) -> Tensor:
         """codes - point, for few rows. Shapes: (digits * M, I) float32, integers."""
-        if self._codes is not None:
-            return self._codes.float().sub_(self.point)
-        return self._levels(slice(None))
+        if self._floats is None and self.digits > 1:
+            self._floats = self._codes.float().sub_(self.point)
+        elif self._floats is None:
+            self._floats = self._levels(self.x, self.scale, self.shift)
+        return self._floats
 
     @property
     def codes(self) -> Tensor:
-        """levels + point. Shapes: (digits * M, I) uint8. Some rows at a time, so that what is between stays in the cache."""
+        """levels + point. Shapes: (digits * M, I) uint8. Made some rows at a time: what is between stays in the cache."""
         if self._codes is None:
             step = max(1, _BLOCK // self.x.shape[1])
-            if self.rows <= step:
-                self._codes = _to_bytes(self._levels(slice(None)), self.point)
-            else:
-                self._codes = torch.empty(self.x.shape, dtype=torch.uint8)
-                for start in range(0, self.rows, step):
-                    rows = slice(start, start + step)
-                    self._codes[rows] = _to_bytes(self._levels(rows), self.point)
+            parts = (self.x.split(step), self._split(self.scale, step), self._split(self.shift, step))
+            blocks = [_to_bytes(self._levels(*part), self.point) for part in zip(*parts, strict=True)]
+            self._codes = blocks[0] if len(blocks) == 1 else torch.cat(blocks)
         return self._codes
 
-    def _levels(self, rows: slice) -> Tensor:
-        """Eight-bit codes may lie outside by one yet: they saturate when they become bytes."""
-        one_range = isinstance(self.scale, float)
-        levels = (self.x[rows].float() / (self.scale if one_range else self.scale[rows])).round_()
-        shift = 0 if self.shift is None else self.shift[rows]
-        if self.shift is not None:
+    def _split(self, values: float | Tensor | None, step: int) -> Sequence[float | Tensor | None]:
+        return values.split(step) if isinstance(values, Tensor) else [values] * -(-self.rows // step)
+
+    def _levels(self, x: Tensor, scale: float | Tensor, shift: Tensor | None) -> Tensor:
+        """Of some rows. Eight-bit ones may lie outside by one yet: they saturate when they become bytes."""
+        levels = (x.float() / scale).round_()
+        if shift is not None:
             levels.sub_(shift)
         return levels if self.highest == 255 else levels.clamp_(-self.point, self.highest - self.point)
 

@@ -12,11 +12,19 @@ from .registry import choose_kernel
 def packed_linear(x: Tensor, packed: PackedTensors, bias: Tensor | None = None) -> Tensor:
     """A Linear layer on a packed weight.
 
-    Shapes: x (..., I) float, bias (O,) -> (..., O) in x's dtype. Gradients flow to x and to the bias.
+    Shapes: x (..., I) float, bias (O,) -> (..., O) in x's dtype or, under autocast, in that of autocast, as `nn.Linear`.
+    Gradients flow to x and to the bias.
 
     Raises:
         ValueError: see `choose_kernel`.
     """
+    y = _linear(x, packed, bias)
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        return y.to(torch.get_autocast_dtype(x.device.type))
+    return y
+
+
+def _linear(x: Tensor, packed: PackedTensors, bias: Tensor | None) -> Tensor:
     if torch.compiler.is_compiling():
         return compiled_linear(x, packed, bias)
     kernel = choose_kernel(x, packed)

@@ -22,23 +22,19 @@ LOCK = threading.RLock()
 
 def prepacked(packed: PackedTensors, name: str, build: Callable[[PackedTensors], T], instead_of: str = "") -> T:
     """What `build(packed)` returned for these tensors; it is called once, by one thread. `instead_of` is forgotten."""
-    kept = _kept(packed)
+    kept = all_prepacked(packed)
     if name in kept:
         return kept[name]
     with LOCK:
-        kept = _kept(packed)
+        kept = all_prepacked(packed)
         if name not in kept:
             kept = {**{k: v for k, v in kept.items() if k != instead_of}, name: build(packed)}
             _ENTRIES[packed.codes] = (_stamps(packed), kept)
         return kept[name]
 
 
-def is_prepacked(packed: PackedTensors, name: str) -> bool:
-    """Whether `prepacked` would not have to build."""
-    return name in _kept(packed)
-
-
-def _kept(packed: PackedTensors) -> dict[str, Any]:
+def all_prepacked(packed: PackedTensors) -> dict[str, Any]:
+    """What is kept for these tensors now, by name."""
     entry = _ENTRIES.get(packed.codes)
     return entry[1] if entry is not None and entry[0] == _stamps(packed) else {}
 

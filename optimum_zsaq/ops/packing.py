@@ -52,6 +52,7 @@ def unpack_codes(packed: Tensor, bits: int, columns: int) -> Tensor:
     """
     if bits == 8:
         return packed
+    packed = packed.contiguous()
     unpack = _UNPACK.get(bits, _unpack_words)
     blocks = _row_blocks(packed.shape[0], columns)
     if len(blocks) == 1:
