@@ -14,6 +14,7 @@ from conformance import (
     outputs,
     toy_inputs,
 )
+from tolerances import KERNEL_MODEL, relative_error
 from torch import nn
 
 from optimum_zsaq import kinds, surgery
@@ -441,8 +442,25 @@ class TestRuntime:
         model = pack(prepare(ToyModel(), FULL, "minmax")).eval()
         expected = outputs(model, toy_inputs())
         assert set_runtime(model, "small") is model
-        assert {layer.runtime for _, layer in surgery.low_bit_layers(model)} == {"small"}
-        assert torch.equal(outputs(model, toy_inputs()), expected)
+        assert {(layer.runtime, layer.kernel) for _, layer in surgery.low_bit_layers(model)} == {("small", "")}
+        assert relative_error(outputs(model, toy_inputs()), expected) <= KERNEL_MODEL[torch.float32]
+        set_runtime(model, "fast", kernel="reference")
+        assert {(layer.runtime, layer.kernel) for _, layer in surgery.low_bit_layers(model)} == {("fast", "reference")}
+
+    def test_a_new_choice_forgets_the_old_kernel(self):
+        model = set_runtime(pack(prepare(ToyModel(), FULL, "minmax")), "small", kernel="reference")
+        set_runtime(model, "small")
+        assert {layer.kernel for _, layer in surgery.low_bit_layers(model)} == {""}
+
+    @pytest.mark.parametrize("state", ["packed", "fake"])
+    def test_unknown_kernel(self, state):
+        model = prepare(ToyModel(), FULL, "minmax")
+        if state == "packed":
+            pack(model)
+        with pytest.raises(ValueError, match=r"kernel='int5' is unknown; use one of \[.*'int8', 'reference'\], or None"):
+            set_runtime(model, "fast", kernel="int5")
+        if state == "packed":
+            assert {layer.kernel for _, layer in surgery.low_bit_layers(model)} == {""}
 
     @pytest.mark.parametrize("state", ["packed", "fake"])
     def test_unknown(self, state):

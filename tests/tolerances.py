@@ -8,6 +8,13 @@ from torch import Tensor
 # (2^-24, 2^-8 and 2^-11 for a rounding), sums cancel at random, hence the factor of about 8.
 MATMUL = {torch.float32: 1e-6, torch.bfloat16: 3e-2, torch.float16: 4e-3, torch.float64: 1e-14}
 
+# A kernel against the reference on the same codes. Integer products and sums are exact: what is left in float32 is the
+# order of a few float sums; in the others one rounding of the result, and of the weight, which only the reference rounds.
+KERNEL = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
+
+# Whole models on two kernels: an input code at a tie may fall the other way in the next layer, one step of 255, or of 15.
+KERNEL_MODEL = {torch.float32: 1e-2, torch.bfloat16: 5e-2, torch.float16: 5e-2}
+
 # The "mse" search walks a geometric grid of 8 % steps and then fits the scale: how much squared error it may leave
 # against an exhaustive search over scales (and zero points).
 MSE_SEARCH = 1.02

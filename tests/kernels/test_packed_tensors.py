@@ -26,11 +26,6 @@ class TestWeight:
         assert packed.weight().dtype == torch.float32
         assert torch.equal(packed.weight().cpu(), expected)
 
-    def test_widened_codes_are_read_instead(self, spec):
-        packed, codes = packed_weight(spec)
-        widened, _ = packed_weight(spec, codes=torch.zeros_like(packed.codes), unpacked=codes)
-        assert torch.equal(widened.weight(), packed.weight())
-
     def test_outliers_are_added(self, spec):
         plain, _ = packed_weight(spec)
         positions, values = torch.tensor([0, 16, 17, 50], dtype=torch.int32), torch.randn(4)

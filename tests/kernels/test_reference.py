@@ -1,6 +1,6 @@
 import pytest
 import torch
-from conformance import DTYPES, DYNAMIC, STATIC, random_weight, spec_id, weight_specs
+from conformance import DTYPES, DYNAMIC, STATIC, random_weight
 from tolerances import MATMUL, relative_error
 
 from optimum_zsaq.kernels import PackedTensors
@@ -52,53 +52,3 @@ class TestForward:
         found.backward(torch.ones_like(found))
         assert x.grad.shape == x.shape
         assert torch.equal(bias.grad, torch.full_like(bias, x.numel() / 17))
-
-
-@pytest.mark.parametrize("spec", weight_specs((2, 3, 8)), ids=spec_id)
-class TestGradients:
-    def test_first_and_second_order(self, spec):
-        packed = packed_weight(spec)
-        x = torch.randn(2, 2, 17, dtype=torch.float64, requires_grad=True)
-        bias = torch.randn(3, dtype=torch.float64, requires_grad=True)
-        assert torch.autograd.gradcheck(lambda x, b: linear(x, packed, b), (x, bias))
-        # the kernel is linear: squared, so that a second derivative is there to check
-        assert torch.autograd.gradgradcheck(lambda x, b: linear(x, packed, b).square(), (x, bias))
-
-    def test_without_bias(self, spec):
-        packed = packed_weight(spec)
-        x = torch.randn(2, 17, dtype=torch.float64, requires_grad=True)
-        assert torch.autograd.gradcheck(lambda x: linear(x, packed, None), (x,))
-
-    def test_of_the_bias_alone(self, spec):
-        bias = torch.zeros(3, requires_grad=True)
-        linear(torch.randn(4, 17), packed_weight(spec), bias).sum().backward()
-        assert bias.grad.tolist() == [4.0] * 3
-
-
-def test_dynamic_inputs_let_the_gradient_through():
-    packed = packed_weight(QuantSpec(4), DYNAMIC)
-    x = torch.randn(5, 17, dtype=torch.float64, requires_grad=True)
-    upstream = torch.randn(5, 3, dtype=torch.float64)
-    (gradient,) = torch.autograd.grad(linear(x, packed, None), x, upstream)
-    assert torch.equal(gradient, upstream @ packed.weight().double())
-
-
-def test_static_inputs_stop_it_where_they_clip():
-    """Scale 0.02 and zero point 100 of 8 bits: the range is [-2.0, 3.1]."""
-    packed = packed_weight(QuantSpec(4), STATIC)
-    x = torch.linspace(-4, 5, 5 * 17, dtype=torch.float64).view(5, 17).requires_grad_()
-    upstream = torch.randn(5, 3, dtype=torch.float64)
-    (gradient,) = torch.autograd.grad(linear(x, packed, None), x, upstream)
-    inside = (x > -2.0) & (x < 3.1)
-    expected = upstream @ packed.weight().double() * inside
-    assert not gradient[~inside].any()
-    assert relative_error(gradient, expected) < MATMUL[torch.float64]
-
-
-def test_no_dense_weight_is_kept_for_the_backward_pass():
-    saved = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(tuple(t.shape)) or t, lambda t: t):
-        y = linear(torch.randn(2, 17, requires_grad=True), packed_weight(QuantSpec(4)), None)
-    assert (3, 17) not in saved
-    kept = [value for value in vars(y.grad_fn).values() if isinstance(value, torch.Tensor)]
-    assert not kept

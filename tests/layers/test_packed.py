@@ -8,14 +8,17 @@ from conformance import (
     DYNAMIC,
     LAYERS,
     STATIC,
+    Sizes,
     assert_same_state,
     fake_and_packed,
     random_weight,
     spec_id,
     weight_specs,
 )
+from tolerances import KERNEL, relative_error
 from torch import nn
 
+from optimum_zsaq.kernels.prepacked import _ENTRIES
 from optimum_zsaq.kinds import kind_of
 from optimum_zsaq.layers import PackedEmbedding, PackedLinear
 from optimum_zsaq.ops import packed_columns
@@ -79,12 +82,18 @@ class TestEveryKind:
 
     @pytest.mark.parametrize("bits", BITS)
     def test_runtime_changes_no_value(self, name, bits):
+        """Bit for bit on the reference kernel, but for the order of float sums on the others."""
         packed, x = make(name, LayerSpec(QuantSpec(bits, symmetric=False), outliers=0.05))
-        assert packed.runtime == "fast"
+        assert (packed.runtime, packed.kernel) == ("fast", "")
+        chosen = packed(x)
+        packed.set_runtime("fast", "reference")
         expected = packed(x)
+        assert relative_error(chosen, expected) <= KERNEL[torch.float32]
         for runtime in ("small", "fast"):
             packed.set_runtime(runtime)
             assert packed.runtime == runtime
+            assert relative_error(packed(x), expected) <= KERNEL[torch.float32]
+            packed.set_runtime(runtime, "reference")
             assert torch.equal(packed(x), expected)
 
     def test_unknown_runtime(self, name):
@@ -137,7 +146,13 @@ class TestEveryKind:
                 other.bias = getattr(packed, "bias", None)
                 fake, expected = fake_and_packed(other, spec, x, "minmax")
                 packed.set_weight(fake)
+            found = packed(x)
+            assert torch.equal(found, expected(x))
+            for layer in (packed, expected):
+                layer.set_runtime("fast", "reference")
             assert torch.equal(packed(x), expected(x))
+            packed.set_runtime("fast")
+            assert torch.equal(packed(x), found)
 
     def test_a_forward_in_inference_mode_leaves_the_layer_usable(self, name):
         packed, x = make(name, LayerSpec(QuantSpec(3)))
@@ -183,13 +198,17 @@ class TestPackedLinear:
     def test_autocast_is_that_of_linear(self, name):
         packed, x = make(name, LayerSpec(QuantSpec(4)))
         x.requires_grad_()
-        with torch.autocast("cpu", torch.bfloat16):
-            y = packed(x)
-            expected = nn.functional.linear(x, packed.quantized_weight(), packed.bias)
-        assert y.dtype == torch.bfloat16
-        assert torch.equal(y, expected)
-        y.float().sum().backward()
-        assert x.grad.dtype == torch.float32
+        for kernel in ("reference", None):
+            packed.set_runtime("fast", kernel)
+            x.grad = None
+            with torch.autocast("cpu", torch.bfloat16):
+                y = packed(x)
+                expected = nn.functional.linear(x, packed.quantized_weight(), packed.bias)
+            assert y.dtype == torch.bfloat16
+            assert torch.equal(y, expected) or kernel is None
+            assert relative_error(y, expected) <= KERNEL[torch.bfloat16]
+            y.float().sum().backward()
+            assert x.grad.dtype == torch.float32
 
 
 class TestPackedEmbedding:
@@ -216,12 +235,16 @@ class TestPackedEmbedding:
         assert (packed.num_embeddings, packed.embedding_dim, packed.padding_idx) == (7, 17, 2)
         assert isinstance(packed, nn.Embedding)
 
-    def test_lookup_does_not_unpack_the_table(self):
-        """A look-up of a few rows touches these rows only: in a table of a million they are not searched for."""
-        packed, _ = make("embedding", LayerSpec(QuantSpec(4)))
-        packed.set_runtime("fast")
-        packed(torch.tensor([1]))
-        assert packed._unpacked is None
+    @pytest.mark.parametrize("runtime", ["fast", "small"])
+    def test_lookup_reads_the_rows_that_are_asked_for(self, runtime):
+        """In a table of a million rows no tensor of a call is larger than a few rows, and nothing is kept."""
+        table = PackedEmbedding(100_000, 17, LayerSpec(QuantSpec(4), outliers=0.01))
+        table.weight_outlier_positions.data = torch.arange(17_000, dtype=torch.int32) * 100
+        table.set_runtime(runtime)
+        with Sizes() as sizes:
+            table(torch.tensor([1, 99_999]))
+        assert max(sizes.made) <= 8 * 2 * 17
+        assert table.weight_codes not in _ENTRIES
 
 
 def test_linear_without_bias_has_none():
