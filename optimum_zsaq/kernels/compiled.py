@@ -96,6 +96,7 @@ def packed_linear_op(
     outliers = (outlier_positions, outlier_values)
     inputs = (input_scale, input_zero_point)
     packed = PackedTensors(_spec(spec), columns, codes, scale, zero_point, *outliers, *inputs, runtime, kernel)
+    x = x.detach()  # an own tensor: compiled code writes to the memory of its tensors unseen by `integer_inputs`
     return choose_kernel(x, packed)(x, packed, bias).contiguous()
 
 

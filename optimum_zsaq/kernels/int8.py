@@ -47,9 +47,11 @@ class Int8:
             return blockwise(x, packed, bias)
         inputs = integer_inputs(x, packed)
         weight = _integer_weight(packed, len(inputs.x) * inputs.digits)
-        out = weight.fused(inputs, packed, bias, x.dtype)
-        if out is None:
+        out = weight.fused(inputs)
+        if out is None or packed.outlier_positions is not None:
             out = _finish(inputs, weight.products(inputs), packed, bias, x.dtype)
+        else:
+            out = (out if bias is None else out.add_(bias)).to(x.dtype)
         return out.view(*x.shape[:-1], packed.rows)
 
 
@@ -75,9 +77,8 @@ def static_linear(codes: Tensor, packed: PackedTensors, bias: Tensor | None) -> 
     """A layer on the codes of its static range. Shapes: codes (M, I) uint8, bias (O,) or None -> (M, O) float32."""
     scale, point = static_range(packed)
     inputs = IntegerInputs(codes, scale, point, _codes=codes)
-    weight = _integer_weight(packed, len(codes))
-    out = weight.fused(inputs, packed, bias, torch.float32)
-    return _finish(inputs, weight.products(inputs), packed, bias, torch.float32) if out is None else out
+    products = _integer_weight(packed, len(codes)).products(inputs)
+    return _finish(inputs, products, packed, bias, torch.float32)
 
 
 def _finish(inputs: IntegerInputs, y: Tensor, packed: PackedTensors, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -178,8 +179,8 @@ class _IntegerWeight:
             total = y if total is None else total.add_(y)
         return total
 
-    def fused(self, inputs: IntegerInputs, packed: PackedTensors, bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-        """The whole layer (M, O) in one call, where this library can; else None."""
+    def fused(self, inputs: IntegerInputs) -> Tensor | None:
+        """`products` times the inputs' scale, (M, O), where the library does both at once; else None."""
         return None
 
 
@@ -192,16 +193,9 @@ class _OneDNN(_IntegerWeight):
 
     def multiply(self, part: tuple, inputs: IntegerInputs, columns: slice | None) -> Tensor:
         codes = inputs.codes if columns is None else inputs.codes[:, columns].contiguous()
-        return _qlinear(codes, 1.0, inputs.point, part, None, torch.float32)
-
-    def fused(self, inputs: IntegerInputs, packed: PackedTensors, bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-        """With one scale and one zero point for all rows, of the input and of the weight's columns."""
-        alone = len(self.parts) == 1 and self.zero is None and packed.outlier_positions is None
-        if not alone or inputs.shift is not None or inputs.digits > 1 or not isinstance(inputs.scale, float):
-            return None
-        out_dtype = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
-        bias = None if bias is None else bias.float()
-        return _qlinear(inputs.codes, inputs.scale, inputs.point, self.parts[0], bias, out_dtype).to(dtype)
+        weight, scales, zeros = part
+        linear = torch.ops.onednn.qlinear_pointwise.default  # its own scale and bias would round otherwise than fbgemm's
+        return linear(codes, 1.0, inputs.point, weight, scales, zeros, None, 1.0, 0, torch.float32, "none", [], "")
 
 
 class _Fbgemm(_IntegerWeight):
@@ -221,12 +215,6 @@ class _Fbgemm(_IntegerWeight):
     def multiply(self, part: tuple, inputs: IntegerInputs, columns: slice | None) -> Tensor:
         linear, weight = part
         return linear(inputs.levels if columns is None else inputs.levels[:, columns], 1.0, inputs.point, weight)
-
-
-def _qlinear(codes: Tensor, scale: float, point: int, part: tuple, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    weight, scales, zeros = part
-    linear = torch.ops.onednn.qlinear_pointwise.default
-    return linear(codes, scale, point, weight, scales, zeros, bias, 1.0, 0, dtype, "none", [], "")
 
 
 def _integer_weight(packed: PackedTensors, rows: int = FEW_ROWS + 1) -> _IntegerWeight:
@@ -312,12 +300,13 @@ def is_exact() -> bool:
 
 @lru_cache
 def _multiplies_exactly(layout: type[_IntegerWeight] | None) -> bool:
-    """Extreme codes in a library's layout, or None for packed codes. PyTorch warns of quantized dtypes once: not users."""
+    """Extreme codes in a library's layout, or None for packed codes. What PyTorch warns of once, it says here, unheard."""
     weight = torch.tensor([[127] * 64, [-128] * 64, [1] * 64], dtype=torch.int8)
     codes = torch.tensor([[255] * 64, [0] * 64, [200, 3] * 32], dtype=torch.uint8).repeat(FEW_ROWS, 1)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            torch.sparse_csr_tensor([0, 1], [0], [1.0])
             inputs = IntegerInputs(codes.float() - 3, 1.0, 3)
             signed = inputs.codes.bitwise_xor(128).view(torch.int8)
             if layout is None:

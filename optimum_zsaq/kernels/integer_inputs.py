@@ -22,7 +22,9 @@ from .packed_tensors import PackedTensors
 FEW_ROWS = 16  # up to here fbgemm is faster, which takes levels, above oneDNN, which takes codes: docs/performance.md
 _BLOCK = 2**18  # values that are quantized at a time
 _DIGITS = {torch.float32: 3, torch.bfloat16: 2, torch.float16: 2}
-_RANGES: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # input_scale -> (its version, scale, zero point)
+_RANGES: WeakTensorKeyDictionary = (
+    WeakTensorKeyDictionary()
+)  # input_scale -> (stamp of both, scale, zero point)
 _LAST = threading.local()
 
 
@@ -128,11 +130,13 @@ def _forget(reference: weakref.ref) -> None:
 
 def static_range(packed: PackedTensors) -> tuple[float, int]:
     """Scale and zero point of a static input."""
-    scale = packed.input_scale
-    version = None if scale.is_inference() else (scale.data_ptr(), scale._version)
+    scale, point = packed.input_scale, packed.input_zero_point
+    version = None
+    if not (scale.is_inference() or point.is_inference()):
+        version = scale.data_ptr(), scale._version, id(point), point.data_ptr(), point._version
     kept = _RANGES.get(scale)
     if kept is None or version is None or kept[0] != version:
-        kept = _RANGES[scale] = (version, scale.item(), int(packed.input_zero_point.item()))
+        kept = _RANGES[scale] = (version, scale.item(), int(point.item()))
     return kept[1:]
 
 

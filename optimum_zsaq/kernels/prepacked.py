@@ -1,7 +1,7 @@
 """What kernels derive from a packed weight and keep for the next call: built lazily, once, and never saved.
 
 An entry belongs to the tensor of codes itself, not to a layer, so that compiled and exported graphs find it too, and dies
-with it. It is made anew when codes, scales or zero points were written to or moved since.
+with it. It is made anew when codes, scales, zero points or outliers were written to or moved since.
 """
 
 import threading
@@ -40,7 +40,8 @@ def all_prepacked(packed: PackedTensors) -> dict[str, Any]:
 
 
 def _stamps(packed: PackedTensors) -> tuple:
-    return _stamp(packed.codes), _stamp(packed.scale), _stamp(packed.zero_point)
+    outliers = _stamp(packed.outlier_positions), _stamp(packed.outlier_values)
+    return _stamp(packed.codes), _stamp(packed.scale), _stamp(packed.zero_point), *outliers
 
 
 def drop_prepacked(codes: Tensor) -> None:
