@@ -6,6 +6,7 @@ the float32 multiplication by the scales, so both give the same numbers but for 
 """
 
 import logging
+import math
 import warnings
 from functools import lru_cache
 
@@ -215,6 +216,14 @@ class _Fbgemm(_IntegerWeight):
     def multiply(self, part: tuple, inputs: IntegerInputs, columns: slice | None) -> Tensor:
         linear, weight = part
         return linear(inputs.levels if columns is None else inputs.levels[:, columns], 1.0, inputs.point, weight)
+
+    def fused(self, inputs: IntegerInputs) -> Tensor | None:
+        """Only for few rows, which always come here: rounding must not depend on what a layer computed before."""
+        one_range = isinstance(inputs.scale, float) and not math.isnan(inputs.scale) and inputs.digits == 1
+        if not one_range or inputs.rows > FEW_ROWS or len(self.parts) > 1 or self.zero is not None:
+            return None
+        linear, weight = self.parts[0]
+        return linear(inputs.rounded, inputs.scale, inputs.point, weight)
 
 
 def _integer_weight(packed: PackedTensors, rows: int = FEW_ROWS + 1) -> _IntegerWeight:

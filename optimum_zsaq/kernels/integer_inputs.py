@@ -22,9 +22,7 @@ from .packed_tensors import PackedTensors
 FEW_ROWS = 16  # up to here fbgemm is faster, which takes levels, above oneDNN, which takes codes: docs/performance.md
 _BLOCK = 2**18  # values that are quantized at a time
 _DIGITS = {torch.float32: 3, torch.bfloat16: 2, torch.float16: 2}
-_RANGES: WeakTensorKeyDictionary = (
-    WeakTensorKeyDictionary()
-)  # input_scale -> (stamp of both, scale, zero point)
+_RANGES: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # input_scale -> (stamp of both, scale, zero point)
 _LAST = threading.local()
 
 
@@ -43,7 +41,7 @@ class IntegerInputs:
     highest: int = 255
     digits: int = 1
     _codes: Tensor | None = None
-    _floats: Tensor | None = None
+    _rounded: Tensor | None = None
 
     @property
     def rows(self) -> int:
@@ -53,11 +51,9 @@ class IntegerInputs:
     @property
     def levels(self) -> Tensor:
         """codes - point, for few rows. Shapes: (digits * M, I) float32, integers."""
-        if self._floats is None and self.digits > 1:
-            self._floats = self._codes.float().sub_(self.point)
-        elif self._floats is None:
-            self._floats = self._levels(self.x, self.scale, self.shift)
-        return self._floats
+        if self._codes is not None:
+            return self._codes.float().sub_(self.point)
+        return self._levels(self.x, self.scale, self.shift)
 
     @property
     def codes(self) -> Tensor:
@@ -68,6 +64,13 @@ class IntegerInputs:
             blocks = [_to_bytes(self._levels(*part), self.point) for part in zip(*parts, strict=True)]
             self._codes = blocks[0] if len(blocks) == 1 else torch.cat(blocks)
         return self._codes
+
+    @property
+    def rounded(self) -> Tensor:
+        """scale * levels, for one scale and few rows: dividing it by the scale gives the levels again. Shapes: (M, I)."""
+        if self._rounded is None:
+            self._rounded = self._levels(self.x, self.scale, self.shift).mul_(self.scale)
+        return self._rounded
 
     def _split(self, values: float | Tensor | None, step: int) -> Sequence[float | Tensor | None]:
         return values.split(step) if isinstance(values, Tensor) else [values] * -(-self.rows // step)
