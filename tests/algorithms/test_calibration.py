@@ -1,6 +1,6 @@
 import pytest
 import torch
-from conformance import DYNAMIC, STATIC, assert_same_state, fake_and_packed
+from conformance import DYNAMIC, STATIC, assert_same_state, exactly, fake_and_packed
 from tolerances import SUM_OF_SQUARES
 from torch import nn
 
@@ -122,8 +122,9 @@ def test_fake_and_packed_model_agree_after_calibration():
     for model in (fake, packed):
         calibrate(model, batches())
     x = batches(1)[0]["x"]
-    assert torch.equal(fake(x), packed(x))
+    expected = fake(x)
     assert torch.equal(pack(fake)(x), packed(x))
+    assert torch.equal(exactly(packed)(x), expected)
 
 
 def test_padded_positions_are_seen_like_any_other():
@@ -245,7 +246,7 @@ def test_float_inputs(inputs, state):
     """Inside the context a layer's input is float, after it as before: also when the context ends by an error."""
     x = torch.randn(2, 17)
     layer = fake_and_packed(nn.Linear(17, 3), LayerSpec(QuantSpec(4), inputs), x, "minmax")[state]
-    model = nn.Sequential(layer)
+    model = exactly(nn.Sequential(layer))
     plain = nn.functional.linear(x, layer.quantized_weight(), layer.bias)
     quantized = model(x)
     assert not torch.equal(quantized, plain)

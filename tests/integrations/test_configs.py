@@ -33,7 +33,8 @@ RAISES = {
     ),
     "ranges": ({"ranges": "max"}, r"ranges='max' is not allowed; use one of \('mse', 'minmax', 'lsq', 'ternary'\)"),
     "activations": ({"activations": "off"}, r"activations='off' is not allowed; use one of \('dynamic', 'static'\)"),
-    "runtime": ({"runtime": "slow"}, r"runtime='slow' is not allowed; use one of \('fast', 'small'\)"),
+    "runtime": ({"runtime": "slow"}, r"runtime='slow' is unknown; use one of \('fast', 'small'\)"),
+    "kernel": ({"kernel": "int5"}, r"kernel='int5' is unknown; use one of \['int4', 'int8', 'reference'\], or None"),
     "symmetric": ({"symmetric": "no"}, r"symmetric='no' is not allowed; use one of \(True, False\)"),
     "group without size": ({"granularity": "group"}, "needs a group size and got group_size=None.*group_size=32"),
     "group of one": ({"granularity": "group", "group_size": 1}, "needs a group size and got group_size=1"),
@@ -172,8 +173,16 @@ def test_repr_is_json():
 
 
 def test_loading_attributes():
-    assert PreQuantConfig(runtime="small").get_loading_attributes() == {"runtime": "small"}
-    assert PreQuantConfig().get_loading_attributes() == {"runtime": "fast"}
+    assert PreQuantConfig(runtime="small").get_loading_attributes() == {"runtime": "small", "kernel": None}
+    assert PreQuantConfig(kernel="int8").get_loading_attributes() == {"runtime": "fast", "kernel": "int8"}
+    assert PreQuantConfig().get_loading_attributes() == {"runtime": "fast", "kernel": None}
+
+
+def test_loading_attributes_are_not_stored():
+    config = PreQuantConfig(runtime="small", kernel="reference")
+    assert not {"runtime", "kernel"} & set(config.to_dict())
+    assert "kernel" not in config.to_json_string()
+    assert config == PreQuantConfig()
 
 
 def test_get_is_that_of_a_dict():
