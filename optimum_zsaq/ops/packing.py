@@ -54,6 +54,8 @@ def unpack_codes(packed: Tensor, bits: int, columns: int) -> Tensor:
         return packed
     packed = packed.contiguous()
     unpack = _UNPACK.get(bits, _unpack_words)
+    if torch.compiler.is_compiling():  # a loop would fix the number of rows
+        return unpack(packed, bits)[:, :columns]
     blocks = _row_blocks(packed.shape[0], columns)
     if len(blocks) == 1:
         return unpack(packed, bits)[:, :columns]
