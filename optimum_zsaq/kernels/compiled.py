@@ -1,10 +1,10 @@
 """Packed layers in graphs that torch.compile and torch.export make: custom operators, opaque to the tracer.
 
 `zsaq::packed_linear` is any layer on any kernel. Where no gradient is asked for and the kernel is "int8", the input's
-quantization and the scaling of the result are left to the compiler, which fuses them with what is around them; only the
-integer products are opaque.
+quantization is left to the compiler, which fuses it with what is before.
 """
 
+from collections.abc import Callable
 from functools import lru_cache
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 from ..ops import gather_outlier_rows
 from ..spec import LayerSpec, QuantSpec
 from .gradient import input_gradient
-from .int8 import integer_products, integer_sums, static_linear
+from .int8 import integer_linear
 from .packed_tensors import PackedTensors
 from .registry import choose_kernel
 
@@ -46,25 +46,24 @@ def compiled_linear(x: Tensor, packed: PackedTensors, bias: Tensor | None) -> Te
         and choose_kernel(x, packed).name == "int8"
     ):
         return _int8_linear(x, packed, bias)
-    return packed_linear_op(x, bias, *_tensors(packed), _spec_text(spec), packed.columns, packed.runtime, packed.kernel)
+    return torch.ops.zsaq.packed_linear(
+        x, bias, *_tensors(packed), _spec_text(spec), packed.columns, packed.runtime, packed.kernel
+    )
 
 
 def _int8_linear(x: Tensor, packed: PackedTensors, bias: Tensor | None) -> Tensor:
     rows = x.reshape(-1, packed.columns).float()
     highest = packed.spec.inputs.highest
-    weight = (packed.codes, packed.scale, packed.zero_point, _spec_text(packed.spec), packed.columns)
     if packed.spec.inputs.granularity == "tensor":
-        zero_point = packed.input_zero_point.float()
-        codes = (torch.round(rows / packed.input_scale) + zero_point).clamp(0.0, highest).to(torch.uint8)
-        y = static_linear_op(codes, packed.input_scale, packed.input_zero_point, bias, *weight)
+        scale, zero_point = packed.input_scale, packed.input_zero_point.float()
     else:
         low = rows.amin(dim=-1, keepdim=True).clamp(max=0.0)
         scale = (rows.amax(dim=-1, keepdim=True).clamp(min=0.0) - low) / highest
         scale = torch.where(scale == 0, 1.0, scale)
         zero_point = torch.round(-low / scale)
-        codes = (torch.round(rows / scale) + zero_point).clamp(0.0, highest).to(torch.uint8)
-        y = products_op(codes, *weight) + (128.0 - zero_point) * sums_op(*weight)
-        y = y * scale if bias is None else y * scale + bias.float()
+    codes = (torch.round(rows / scale) + zero_point).clamp(0.0, highest).to(torch.uint8)
+    weight = (packed.codes, packed.scale, packed.zero_point, _spec_text(packed.spec), packed.columns)
+    y = torch.ops.zsaq.integer_linear(codes, scale, zero_point, bias, *weight)
     return y.to(x.dtype).view(*x.shape[:-1], packed.rows)
 
 
@@ -75,34 +74,23 @@ def _tensors(packed: PackedTensors) -> tuple[Tensor | None, ...]:
 
 # Operators -----------------------------------------------------------------------------------------------------------
 
+_LIBRARY = torch.library.Library("zsaq", "FRAGMENT")
+_ANY_DEVICE = "CompositeExplicitAutograd"
 
-@torch.library.custom_op("zsaq::packed_linear", mutates_args=())
-def packed_linear_op(
-    x: Tensor,
-    bias: Tensor | None,
-    codes: Tensor,
-    scale: Tensor,
-    zero_point: Tensor | None,
-    outlier_positions: Tensor | None,
-    outlier_values: Tensor | None,
-    input_scale: Tensor | None,
-    input_zero_point: Tensor | None,
-    spec: str,
-    columns: int,
-    runtime: str,
-    kernel: str,
-) -> Tensor:
-    """A packed layer. Shapes: see `PackedTensors`; spec is see `_spec_text`."""
-    outliers = (outlier_positions, outlier_values)
-    inputs = (input_scale, input_zero_point)
-    packed = PackedTensors(_spec(spec), columns, codes, scale, zero_point, *outliers, *inputs, runtime, kernel)
+
+def _define(schema: str, run: Callable, fake: Callable) -> None:
+    """An operator; `torch.library.custom_op` would take longer a call than a small layer does."""
+    name = schema.partition("(")[0]
+    _LIBRARY.define(schema)
+    _LIBRARY.impl(name, run, _ANY_DEVICE)
+    torch.library.register_fake(f"zsaq::{name}", fake, lib=_LIBRARY)
+
+
+def _run_packed_linear(x, bias, *arguments):
+    *tensors, spec, columns, runtime, kernel = arguments
+    packed = PackedTensors(_spec(spec), columns, *tensors, runtime, kernel)
     x = x.detach()  # an own tensor: compiled code writes to the memory of its tensors unseen by `integer_inputs`
     return choose_kernel(x, packed)(x, packed, bias).contiguous()
-
-
-@packed_linear_op.register_fake
-def _(x, bias, codes, *_):
-    return x.new_empty(*x.shape[:-1], codes.shape[0])
 
 
 def _setup_context(ctx, inputs, output):
@@ -121,59 +109,33 @@ def _backward(ctx, grad):
     return grad_x, grad_bias, *[None] * 11
 
 
-packed_linear_op.register_autograd(_backward, setup_context=_setup_context)
+_define(
+    "packed_linear(Tensor x, Tensor? bias, Tensor codes, Tensor scale, Tensor? zero_point, Tensor? outlier_positions, "
+    "Tensor? outlier_values, Tensor? input_scale, Tensor? input_zero_point, str spec, SymInt columns, str runtime, "
+    "str kernel) -> Tensor",
+    _run_packed_linear,
+    lambda x, bias, codes, *_: x.new_empty(*x.shape[:-1], codes.shape[0]),
+)
+torch.library.register_autograd("zsaq::packed_linear", _backward, setup_context=_setup_context, lib=_LIBRARY)
 
 
-@torch.library.custom_op("zsaq::integer_products", mutates_args=())
-def products_op(inputs: Tensor, codes: Tensor, scale: Tensor, zero_point: Tensor | None, spec: str, columns: int) -> Tensor:
-    """Shapes: inputs (M, I) uint8 -> (inputs - 128) @ integer weight.T * scale (M, O) float32."""
-    return integer_products(inputs, PackedTensors(_spec(spec), columns, codes, scale, zero_point))
+def _run_integer_linear(inputs, input_scale, input_zero_point, bias, codes, scale, zero_point, spec, columns):
+    packed = PackedTensors(_spec(spec), columns, codes, scale, zero_point)
+    return integer_linear(inputs, input_scale, input_zero_point, packed, bias)
 
 
-@products_op.register_fake
-def _(inputs, codes, *_):
-    return inputs.new_empty(inputs.shape[0], codes.shape[0], dtype=torch.float32)
+_define(
+    "integer_linear(Tensor inputs, Tensor input_scale, Tensor input_zero_point, Tensor? bias, Tensor codes, Tensor scale, "
+    "Tensor? zero_point, str spec, SymInt columns) -> Tensor",
+    _run_integer_linear,
+    lambda inputs, input_scale, input_zero_point, bias, codes, *_: inputs.new_empty(
+        inputs.shape[0], codes.shape[0], dtype=torch.float32
+    ),
+)
 
-
-@torch.library.custom_op("zsaq::integer_sums", mutates_args=())
-def sums_op(codes: Tensor, scale: Tensor, zero_point: Tensor | None, spec: str, columns: int) -> Tensor:
-    """The sum of each row of the dense weight. Shapes: -> (O,) float32."""
-    return integer_sums(PackedTensors(_spec(spec), columns, codes, scale, zero_point)).clone()
-
-
-@sums_op.register_fake
-def _(codes, *_):
-    return codes.new_empty(codes.shape[0], dtype=torch.float32)
-
-
-@torch.library.custom_op("zsaq::static_linear", mutates_args=())
-def static_linear_op(
-    inputs: Tensor,
-    input_scale: Tensor,
-    input_zero_point: Tensor,
-    bias: Tensor | None,
-    codes: Tensor,
-    scale: Tensor,
-    zero_point: Tensor | None,
-    spec: str,
-    columns: int,
-) -> Tensor:
-    """A layer on codes of one stored range. Shapes: inputs (M, I) uint8 -> (M, O) float32."""
-    ranges = {"input_scale": input_scale, "input_zero_point": input_zero_point}
-    return static_linear(inputs, PackedTensors(_spec(spec), columns, codes, scale, zero_point, **ranges), bias)
-
-
-@static_linear_op.register_fake
-def _(inputs, input_scale, input_zero_point, bias, codes, *_):
-    return inputs.new_empty(inputs.shape[0], codes.shape[0], dtype=torch.float32)
-
-
-@torch.library.custom_op("zsaq::outlier_rows", mutates_args=())
-def outlier_rows_op(rows: Tensor, columns: int, positions: Tensor, values: Tensor) -> Tensor:
-    """`ops.gather_outlier_rows`: how many residuals a row has is not known to a tracer."""
-    return gather_outlier_rows(rows, columns, positions, values)
-
-
-@outlier_rows_op.register_fake
-def _(rows, columns, positions, values):
-    return values.new_empty(rows.shape[0], columns)
+# How many residuals a row has is not known to a tracer.
+_define(
+    "outlier_rows(Tensor rows, SymInt columns, Tensor positions, Tensor values) -> Tensor",
+    gather_outlier_rows,
+    lambda rows, columns, positions, values: values.new_empty(rows.shape[0], columns),
+)

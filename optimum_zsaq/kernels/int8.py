@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..ops import unpack_codes
-from .integer_inputs import FEW_ROWS, IntegerInputs, integer_inputs, static_range
+from .integer_inputs import FEW_ROWS, IntegerInputs, integer_inputs
 from .packed_tensors import PackedTensors
 from .prepacked import all_prepacked, prepacked
 
@@ -22,6 +22,7 @@ from .prepacked import all_prepacked, prepacked
 logger = logging.getLogger(__name__)
 
 _BLOCK = 2**19  # weights that are widened at a time: they fit the second-level cache
+_MANY_ROWS = 256
 _SMALLEST_GROUP = 16  # smaller groups are faster dequantized
 
 
@@ -46,14 +47,32 @@ class Int8:
             return x.new_empty(*x.shape[:-1], packed.rows)
         if packed.runtime == "small":
             return blockwise(x, packed, bias)
-        inputs = integer_inputs(x, packed)
-        weight = _integer_weight(packed, len(inputs.x) * inputs.digits)
-        out = weight.fused(inputs)
-        if out is None or packed.outlier_positions is not None:
-            out = _finish(inputs, weight.products(inputs), packed, bias, x.dtype)
+        if packed.spec.inputs is None and x.numel() > _MANY_ROWS * packed.columns:  # digits take three times the memory
+            parts = x.reshape(-1, packed.columns).split(_MANY_ROWS)
+            out = torch.cat([_multiply(integer_inputs(part, packed), packed, bias, x.dtype) for part in parts])
         else:
-            out = (out if bias is None else out.add_(bias)).to(x.dtype)
+            out = _multiply(integer_inputs(x, packed), packed, bias, x.dtype)
         return out.view(*x.shape[:-1], packed.rows)
+
+
+def integer_linear(codes: Tensor, scale: Tensor, zero_point: Tensor, packed: PackedTensors, bias: Tensor | None) -> Tensor:
+    """A layer on an input that is quantized already.
+
+    Shapes: codes (M, I) uint8; scale and zero_point (1, 1) or (M, 1) float32; bias (O,) or None -> (M, O) float32.
+    """
+    if scale.numel() == 1:
+        inputs = IntegerInputs(codes, scale.item(), int(zero_point.item()), _codes=codes)
+    else:
+        inputs = IntegerInputs(codes, scale, 128, 128.0 - zero_point, _codes=codes)
+    return _multiply(inputs, packed, bias, torch.float32)
+
+
+def _multiply(inputs: IntegerInputs, packed: PackedTensors, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    weight = _integer_weight(packed, inputs.rows * inputs.digits)
+    out = weight.fused(inputs) if packed.outlier_positions is None else None
+    if out is None:
+        return _finish(inputs, weight.products(inputs), packed, bias, dtype)
+    return (out if bias is None else out.add_(bias)).to(dtype)
 
 
 def blockwise(x: Tensor, packed: PackedTensors, bias: Tensor | None) -> Tensor:
@@ -61,25 +80,6 @@ def blockwise(x: Tensor, packed: PackedTensors, bias: Tensor | None) -> Tensor:
     inputs = integer_inputs(x, packed)
     out = _finish(inputs, _blockwise_products(inputs, packed), packed, bias, x.dtype)
     return out.view(*x.shape[:-1], packed.rows)
-
-
-def integer_products(codes: Tensor, packed: PackedTensors) -> Tensor:
-    """(codes - 128) @ integer weight.T * scale, of a weight with one scale a row. Shapes: codes (M, I) uint8 -> (M, O)."""
-    inputs = IntegerInputs(codes, 1.0, 128, _codes=codes)
-    return _integer_weight(packed, len(codes)).products(inputs)
-
-
-def integer_sums(packed: PackedTensors) -> Tensor:
-    """The sum of each row of a weight with one scale a row. Shapes: -> (O,) float32."""
-    return _integer_weight(packed).sums[:, 0]
-
-
-def static_linear(codes: Tensor, packed: PackedTensors, bias: Tensor | None) -> Tensor:
-    """A layer on the codes of its static range. Shapes: codes (M, I) uint8, bias (O,) or None -> (M, O) float32."""
-    scale, point = static_range(packed)
-    inputs = IntegerInputs(codes, scale, point, _codes=codes)
-    products = _integer_weight(packed, len(codes)).products(inputs)
-    return _finish(inputs, products, packed, bias, torch.float32)
 
 
 def _finish(inputs: IntegerInputs, y: Tensor, packed: PackedTensors, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -181,7 +181,7 @@ class _IntegerWeight:
         return total
 
     def fused(self, inputs: IntegerInputs) -> Tensor | None:
-        """`products` times the inputs' scale, (M, O), where the library does both at once; else None."""
+        """`products` times the inputs' scale, (..., O), where the library does both at once; else None."""
         return None
 
 
@@ -208,8 +208,8 @@ class _Fbgemm(_IntegerWeight):
         engine = torch.backends.quantized.engine
         torch.backends.quantized.engine = "fbgemm"
         try:
-            packed = torch.ops.quantized.linear_prepack.default(quantized, None)
-            return torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32.default, packed
+            packed = torch.ops.quantized.linear_prepack(quantized, None)
+            return torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32.op, packed
         finally:
             torch.backends.quantized.engine = engine
 
@@ -226,7 +226,7 @@ class _Fbgemm(_IntegerWeight):
         return linear(inputs.rounded, inputs.scale, inputs.point, weight)
 
 
-def _integer_weight(packed: PackedTensors, rows: int = FEW_ROWS + 1) -> _IntegerWeight:
+def _integer_weight(packed: PackedTensors, rows: int) -> _IntegerWeight:
     """In oneDNN's layout until the first input of few rows, then in fbgemm's: never both."""
     kept = all_prepacked(packed)
     if "fbgemm" in kept:

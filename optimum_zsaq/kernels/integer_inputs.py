@@ -30,7 +30,7 @@ _LAST = threading.local()
 class IntegerInputs:
     """M rows of I values: x = scale * (sum over digits d of 256^(digits - 1 - d) * levels[d] + shift).
 
-    Shapes: x (M, I) float32, bfloat16 or float16; scale () float or (M, 1) float32; shift (M, 1) float32, integers, or
+    Shapes: x (..., I) float32, bfloat16 or float16; scale () float or (M, 1) float32; shift (M, 1) float32, integers, or
     None for zero; levels and codes (digits * M, I). `highest` is the largest code.
     """
 
@@ -46,30 +46,34 @@ class IntegerInputs:
     @property
     def rows(self) -> int:
         """M."""
-        return len(self.x)
+        return self.x.numel() // self.x.shape[-1]
 
     @property
     def levels(self) -> Tensor:
         """codes - point, for few rows. Shapes: (digits * M, I) float32, integers."""
         if self._codes is not None:
             return self._codes.float().sub_(self.point)
-        return self._levels(self.x, self.scale, self.shift)
+        return self._levels(self._flat(), self.scale, self.shift)
+
+    def _flat(self) -> Tensor:
+        return self.x.reshape(-1, self.x.shape[-1]).contiguous()
 
     @property
     def codes(self) -> Tensor:
         """levels + point. Shapes: (digits * M, I) uint8. Made some rows at a time: what is between stays in the cache."""
         if self._codes is None:
-            step = max(1, _BLOCK // self.x.shape[1])
-            parts = (self.x.split(step), self._split(self.scale, step), self._split(self.shift, step))
+            step = max(1, _BLOCK // self.x.shape[-1])
+            parts = (self._flat().split(step), self._split(self.scale, step), self._split(self.shift, step))
             blocks = [_to_bytes(self._levels(*part), self.point) for part in zip(*parts, strict=True)]
             self._codes = blocks[0] if len(blocks) == 1 else torch.cat(blocks)
         return self._codes
 
     @property
     def rounded(self) -> Tensor:
-        """scale * levels, for one scale and few rows: dividing it by the scale gives the levels again. Shapes: (M, I)."""
+        """scale * levels, for one scale: divided by it, it gives the levels again. Shapes: as x, float32."""
         if self._rounded is None:
-            self._rounded = self._levels(self.x, self.scale, self.shift).mul_(self.scale)
+            levels = self._levels(self.x, self.scale, None) if self._codes is None else self.levels
+            self._rounded = levels.mul_(self.scale)
         return self._rounded
 
     def _split(self, values: float | Tensor | None, step: int) -> Sequence[float | Tensor | None]:
@@ -144,12 +148,13 @@ def static_range(packed: PackedTensors) -> tuple[float, int]:
 
 
 def _integers(x: Tensor, spec: QuantSpec | None, static: tuple[float, int] | None) -> IntegerInputs:
-    x = x.detach().reshape(-1, x.shape[-1]).contiguous()
-    if spec is None:
-        return _fixed_point(x)
+    x = x.detach()
     if static is not None:
         return IntegerInputs(x, *static, highest=spec.highest)
-    return _one_token(x, spec) if len(x) == 1 else _tokens(x, spec)
+    if spec is not None and x.numel() == x.shape[-1]:
+        return _one_token(x, spec)
+    x = x.reshape(-1, x.shape[-1]).contiguous()
+    return _fixed_point(x) if spec is None else _tokens(x, spec)
 
 
 def _one_token(x: Tensor, spec: QuantSpec) -> IntegerInputs:

@@ -40,8 +40,8 @@ def all_prepacked(packed: PackedTensors) -> dict[str, Any]:
 
 
 def _stamps(packed: PackedTensors) -> tuple:
-    outliers = _stamp(packed.outlier_positions), _stamp(packed.outlier_values)
-    return _stamp(packed.codes), _stamp(packed.scale), _stamp(packed.zero_point), *outliers
+    tensors = (packed.codes, packed.scale, packed.zero_point, packed.outlier_positions, packed.outlier_values)
+    return tuple([None if tensor is None else _stamp(tensor) for tensor in tensors])
 
 
 def drop_prepacked(codes: Tensor) -> None:
@@ -50,8 +50,6 @@ def drop_prepacked(codes: Tensor) -> None:
         _ENTRIES.pop(codes, None)
 
 
-def _stamp(tensor: Tensor | None) -> tuple | None:
+def _stamp(tensor: Tensor) -> tuple[int, int, int]:
     """Changes when the values may have: other memory, or a write. Inference tensors cannot count writes."""
-    if tensor is None:
-        return None
     return id(tensor), tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version

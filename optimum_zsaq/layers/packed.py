@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels import KERNELS, PackedTensors, drop_prepacked, packed_linear
-from ..kernels.compiled import outlier_rows_op
 from ..ops import dequantize, gather_outlier_rows, pack_codes, packed_columns, quantize, unpack_codes
 from ..spec import LayerSpec
 from .common import LowBitLayer
@@ -191,6 +190,6 @@ class PackedEmbedding(_Packed, nn.Embedding):
         rows = dequantize(codes, scale, zero_point, spec)
         if owner.weight_outlier_positions is not None:
             positions, values = owner.weight_outlier_positions, owner.weight_outlier_values
-            gather = outlier_rows_op if torch.compiler.is_compiling() else gather_outlier_rows
+            gather = torch.ops.zsaq.outlier_rows if torch.compiler.is_compiling() else gather_outlier_rows
             rows = rows + gather(flat, owner.columns, positions, values)
         return rows.to(self.weight.dtype).view(*input.shape, owner.columns)
