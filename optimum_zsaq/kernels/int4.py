@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 
 from ..ops import unpack_codes
-from .int8 import add_outliers, blockwise, is_exact
+from .int8 import add_outliers, is_exact, many_float_rows
 from .packed_tensors import PackedTensors
 from .prepacked import prepacked
 
 
 _GROUPS = (256, 128, 64, 32)  # what the kernel serves
 _ROWS = 32  # output rows are padded to its tile
-_FEW_ROWS = 8  # more rows are faster as integers, the codes widened block by block: measured in docs/performance.md
+_FEW_ROWS = 8  # more rows take the dense weight, block by block: measured in docs/performance.md
 
 
 class Int4:
@@ -38,7 +38,7 @@ class Int4:
     def __call__(self, x: Tensor, packed: PackedTensors, bias: Tensor | None) -> Tensor:
         """x (..., I), bias (O,) or None -> (..., O) bfloat16."""
         if x.numel() > _FEW_ROWS * packed.columns:
-            return blockwise(x, packed, bias)
+            return many_float_rows(x, packed, bias)
         codes, size, scales = prepacked(packed, "int4", _pack)
         flat = x.detach().reshape(-1, packed.columns).contiguous()
         padding = len(scales) * size - packed.columns

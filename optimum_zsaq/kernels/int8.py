@@ -17,12 +17,13 @@ from ..ops import unpack_codes
 from .integer_inputs import FEW_ROWS, IntegerInputs, integer_inputs
 from .packed_tensors import PackedTensors
 from .prepacked import all_prepacked, prepacked
+from .widened import widened_products
 
 
 logger = logging.getLogger(__name__)
 
 _BLOCK = 2**19  # weights that are widened at a time: they fit the second-level cache
-_MANY_ROWS = 256
+_MANY_ROWS = 256  # digits take several times the memory of their input
 _SMALLEST_GROUP = 16  # smaller groups are faster dequantized
 
 
@@ -45,14 +46,25 @@ class Int8:
         """x (..., I), bias (O,) or None -> (..., O) in x's dtype."""
         if not x.numel():
             return x.new_empty(*x.shape[:-1], packed.rows)
-        if packed.runtime == "small":
-            return blockwise(x, packed, bias)
-        if packed.spec.inputs is None and x.numel() > _MANY_ROWS * packed.columns:  # digits take three times the memory
-            parts = x.reshape(-1, packed.columns).split(_MANY_ROWS)
-            out = torch.cat([_multiply(integer_inputs(part, packed), packed, bias, x.dtype) for part in parts])
-        else:
-            out = _multiply(integer_inputs(x, packed), packed, bias, x.dtype)
+        rows = x.numel() // packed.columns
+        if packed.spec.inputs is None and rows > FEW_ROWS:
+            return many_float_rows(x, packed, bias)
+        out = _multiply(integer_inputs(x, packed), packed, bias, x.dtype)
         return out.view(*x.shape[:-1], packed.rows)
+
+
+def many_float_rows(x: Tensor, packed: PackedTensors, bias: Tensor | None) -> Tensor:
+    """A weight-only layer; the digits of some rows at a time, or, where PyTorch is faster, the dense weight."""
+    flat = x.detach().reshape(-1, packed.columns)
+    if x.dtype == torch.bfloat16:
+        y = widened_products(flat, packed)
+        if packed.outlier_positions is not None:
+            y = add_outliers(y.float(), flat.float(), packed).to(x.dtype)
+        y = y if bias is None else y.add_(bias)
+    else:
+        parts = (integer_inputs(part, packed) for part in flat.split(_MANY_ROWS))
+        y = torch.cat([_multiply(part, packed, bias, x.dtype) for part in parts])
+    return y.view(*x.shape[:-1], packed.rows)
 
 
 def integer_linear(codes: Tensor, scale: Tensor, zero_point: Tensor, packed: PackedTensors, bias: Tensor | None) -> Tensor:
@@ -68,18 +80,13 @@ def integer_linear(codes: Tensor, scale: Tensor, zero_point: Tensor, packed: Pac
 
 
 def _multiply(inputs: IntegerInputs, packed: PackedTensors, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    if packed.runtime == "small":
+        return _finish(inputs, _blockwise_products(inputs, packed), packed, bias, dtype)
     weight = _integer_weight(packed, inputs.rows * inputs.digits)
     out = weight.fused(inputs) if packed.outlier_positions is None else None
     if out is None:
         return _finish(inputs, weight.products(inputs), packed, bias, dtype)
     return (out if bias is None else out.add_(bias)).to(dtype)
-
-
-def blockwise(x: Tensor, packed: PackedTensors, bias: Tensor | None) -> Tensor:
-    """The same on codes that are widened for the time of the call, at most about a million at a time."""
-    inputs = integer_inputs(x, packed)
-    out = _finish(inputs, _blockwise_products(inputs, packed), packed, bias, x.dtype)
-    return out.view(*x.shape[:-1], packed.rows)
 
 
 def _finish(inputs: IntegerInputs, y: Tensor, packed: PackedTensors, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
