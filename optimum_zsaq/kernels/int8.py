@@ -72,10 +72,13 @@ def integer_linear(codes: Tensor, scale: Tensor, zero_point: Tensor, packed: Pac
 
     Shapes: codes (M, I) uint8; scale and zero_point (1, 1) or (M, 1) float32; bias (O,) or None -> (M, O) float32.
     """
+    if not len(codes):
+        return scale.new_empty(0, packed.rows)
+    point = int(zero_point[0, 0].nan_to_num().item())  # NaN of a token that is not finite: its scale says so too
     if scale.numel() == 1:
-        inputs = IntegerInputs(codes, scale.item(), int(zero_point.item()), _codes=codes)
+        inputs = IntegerInputs(codes, scale.item(), point, _codes=codes)
     else:
-        inputs = IntegerInputs(codes, scale, 128, 128.0 - zero_point, _codes=codes)
+        inputs = IntegerInputs(codes, scale, point, point - zero_point, _codes=codes)
     return _multiply(inputs, packed, bias, torch.float32)
 
 

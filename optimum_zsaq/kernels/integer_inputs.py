@@ -148,7 +148,7 @@ def static_range(packed: PackedTensors) -> tuple[float, int]:
 
 
 def _integers(x: Tensor, spec: QuantSpec | None, static: tuple[float, int] | None) -> IntegerInputs:
-    x = x.detach()
+    x = x.detach() if x.dim() > 1 else x.detach().unsqueeze(0)  # fbgemm takes no single axis
     if static is not None:
         return IntegerInputs(x, *static, highest=spec.highest)
     if spec is not None and x.numel() == x.shape[-1]:
