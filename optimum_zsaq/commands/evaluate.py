@@ -61,6 +61,8 @@ class EvaluateCommand(Command):
         parser.add_argument("--window", type=int, help="tokens a window of text-generation (default: 256)")
         parser.add_argument("--max-samples", type=int, help="use the first rows only")
         parser.add_argument("--max-tokens", type=int, help="use the text's first tokens only")
+        parser.add_argument("--runtime", default="fast", help="how a packed model runs: fast or small (default: fast)")
+        parser.add_argument("--kernel", help="the only kernel allowed, such as reference (default: the fastest)")
         parser.add_argument("--threads", type=int, help="processor threads (default: torch's choice)")
         add_common_arguments(parser)
 
@@ -76,12 +78,13 @@ class EvaluateCommand(Command):
 
         from ..integrations.registration import register
         from ..report import evaluation as ev
+        from ..surgery import set_runtime
 
         register()
         set_verbosity_error()
         if args.threads is not None:
             torch.set_num_threads(args.threads)
-        model = ev.load_model(args.model, args.task)
+        model = set_runtime(ev.load_model(args.model, args.task), args.runtime, args.kernel)
         tokenizer = ev.load_tokenizer(args.model)
         reference = None if args.reference is None else ev.load_model(args.reference, args.task)
         measure = _measure_text if args.task in _TOKENS else _measure_pairs if args.task in _PAIRS else _measure_sentences

@@ -139,16 +139,16 @@ def _kernel(module: nn.Module) -> str | None:
 
 
 def _memory(model: nn.Module) -> dict[str, int]:
-    """Bytes of the loaded weights, by runtime, and of the largest dense weight that a call makes for its duration."""
+    """Bytes of the loaded weights, by runtime, at most, and of the largest dense weight of the reference kernel."""
     size = measure_size(model)
     small = sum(count for part, count in size.bytes.items() if part != "markers")
     owners = (m for m in model.modules() if _is_packed(m) and m.owner is m)
     small += sum(m.weight.numel() * m.weight.element_size() for m in owners)
     linear = [m for m in model.modules() if isinstance(m, PackedLinear)]
-    owners = {id(m.owner): m.owner for m in linear if m.owner.spec.weight.bits != 8}
-    widened = sum(owner.rows * owner.columns for owner in owners.values())
+    owners = {id(m.owner): m.owner for m in linear}
+    prepacked = sum(owner.rows * owner.columns for owner in owners.values())
     largest = max((4 * m.rows * m.columns for m in linear), default=0)
-    return {"small": small, "fast": small + widened, "largest_call": largest}
+    return {"small": small, "fast": small + prepacked, "largest_call": largest}
 
 
 def group_layers(layers: list[dict[str, Any]]) -> list[dict[str, Any]]:

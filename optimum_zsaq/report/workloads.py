@@ -95,7 +95,7 @@ class Runner:
     """
 
     def __init__(self, model: Callable, workload: Workload, config: Any, seed: int):
-        self.model, self.workload = model, workload
+        self.model, self.workload, self.config = model, workload, config
         self.inputs = token_batch(config, workload.rows, workload.length, seed)
         self.start = first_tokens(config, workload.rows)
         self.cache = self.token = None
@@ -104,14 +104,13 @@ class Runner:
         """Bring the KV cache back to the prompt."""
         if self.workload.action != "decode":
             return
-        if self.cache is None:
-            from transformers import DynamicCache
+        if self.cache is None:  # of a fixed length, for everybody: compiled models need one
+            from transformers import StaticCache
 
-            self.cache = DynamicCache()
-            output = self.model(**self.inputs, past_key_values=self.cache, use_cache=True)
-            self.token = output.logits[:, -1:].argmax(dim=-1)
-        else:
-            self.cache.crop(self.workload.length - self.cache.get_seq_length())  # a negative count is cut off
+            self.cache = StaticCache(config=self.config, max_cache_len=self.workload.length + self.workload.steps)
+        self.cache.reset()
+        output = self.model(**self.inputs, past_key_values=self.cache, use_cache=True)
+        self.token = output.logits[:, -1:].argmax(dim=-1)
 
     def run(self) -> None:
         """The timed work."""
@@ -172,9 +171,9 @@ def check_outputs(model: Callable, kind: str, config: Any, seed: int) -> Any:
         return model(**inputs, decoder_input_ids=decoder)[0].float().flatten()
     if kind == ENCODER:
         return model(**inputs)[0].float().flatten()
-    from transformers import DynamicCache
+    from transformers import StaticCache
 
-    cache, ids = DynamicCache(), inputs["input_ids"]
+    cache, ids = StaticCache(config=config, max_cache_len=_CHECK_LENGTH), inputs["input_ids"]
     parts = [model(input_ids=ids[:, :-_CHECK_STEPS], past_key_values=cache, use_cache=True).logits]
     for step in range(_CHECK_LENGTH - _CHECK_STEPS, _CHECK_LENGTH):
         parts.append(model(input_ids=ids[:, step : step + 1], past_key_values=cache, use_cache=True).logits)
