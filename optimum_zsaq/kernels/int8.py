@@ -8,6 +8,7 @@ the float32 multiplication by the scales, so both give the same numbers but for 
 import logging
 import math
 import warnings
+from abc import ABC, abstractmethod
 from functools import lru_cache
 
 import torch
@@ -138,7 +139,7 @@ def _per_row(values: Tensor, rows: int) -> Tensor:
     return values.expand(rows, -1)
 
 
-class _IntegerWeight:
+class _IntegerWeight(ABC):
     """A weight as int8, in a library's layout: weight[o, i] = scale[o, g] * w[o, i] - zero[o, g].
 
     Only 8-bit codes with a zero point need `zero`; the others are int8 after their zero point was subtracted.
@@ -166,13 +167,13 @@ class _IntegerWeight:
         parts = (weight[:, a:b].contiguous() for a, b in self.segments)
         self.parts = [self.pack(part, scale[:, group].contiguous()) for group, part in enumerate(parts)]
 
+    @abstractmethod
     def pack(self, weight: Tensor, scale: Tensor) -> tuple:
         """What `multiply` needs of the columns of one group. Shapes: weight (O, g) int8, scale (O,) float32."""
-        raise NotImplementedError
 
+    @abstractmethod
     def multiply(self, part: tuple, inputs: IntegerInputs, columns: slice | None) -> Tensor:
         """levels[:, columns] @ w.T * scale; None: all columns. Shapes: -> (digits * M, O) float32."""
-        raise NotImplementedError
 
     def products(self, inputs: IntegerInputs) -> Tensor:
         """The input's integers times the weight. Shapes: -> (M, O) float32."""
