@@ -2,7 +2,7 @@
 
 `runtime="fast"` keeps every weight once as int8 in the layout of one of them, one byte a weight whatever its width.
 `runtime="small"` keeps nothing and widens the packed codes a block of rows at a time. The arithmetic is exact in both up to
-the float32 multiplication by the scales, so both give the same numbers but for the order of float32 sums over groups.
+the float32 multiplication by the scales, so the two differ by float32 roundings only.
 """
 
 import logging
@@ -15,16 +15,15 @@ import torch
 from torch import Tensor
 
 from ..ops import unpack_codes
+from .dense import dense_products
 from .integer_inputs import FEW_ROWS, IntegerInputs, integer_inputs
 from .packed_tensors import PackedTensors
 from .prepacked import all_prepacked, prepacked
-from .widened import widened_products
 
 
 logger = logging.getLogger(__name__)
 
 _BLOCK = 2**19  # weights that are widened at a time: they fit the second-level cache
-_MANY_ROWS = 256  # digits take several times the memory of their input
 _SMALLEST_GROUP = 16  # smaller groups are faster dequantized
 
 
@@ -55,17 +54,13 @@ class Int8:
 
 
 def many_float_rows(x: Tensor, packed: PackedTensors, bias: Tensor | None) -> Tensor:
-    """A weight-only layer; the digits of some rows at a time, or, where PyTorch is faster, the dense weight."""
+    """A weight-only layer on more rows than digits pay for: the dense weight, block by block."""
     flat = x.detach().reshape(-1, packed.columns)
-    if x.dtype == torch.bfloat16:
-        y = widened_products(flat, packed)
-        if packed.outlier_positions is not None:
-            y = add_outliers(y.float(), flat.float(), packed).to(x.dtype)
-        y = y if bias is None else y.add_(bias)
-    else:
-        parts = (integer_inputs(part, packed) for part in flat.split(_MANY_ROWS))
-        y = torch.cat([_multiply(part, packed, bias, x.dtype) for part in parts])
-    return y.view(*x.shape[:-1], packed.rows)
+    y = dense_products(flat if x.dtype == torch.bfloat16 else flat.float(), packed)
+    if packed.outlier_positions is not None:
+        y = add_outliers(y.float(), flat.float(), packed)
+    y = y if bias is None else y.add_(bias)
+    return y.to(x.dtype).view(*x.shape[:-1], packed.rows)
 
 
 def integer_linear(codes: Tensor, scale: Tensor, zero_point: Tensor, packed: PackedTensors, bias: Tensor | None) -> Tensor:

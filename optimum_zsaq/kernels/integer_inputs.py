@@ -1,6 +1,6 @@
 """A layer's input as 8-bit integers, exactly as its scheme defines them, with as few passes over memory as torch allows.
 
-Inputs that stay float (`inputs=None`) become two or three 8-bit digits of one fixed-point number a row: int8 matmuls then
+Inputs that stay float (`inputs=None`) become three or four 8-bit digits of fixed-point numbers: int8 matmuls then
 compute a weight-only layer, with an error far below that of its dtype.
 """
 
@@ -21,7 +21,7 @@ from .packed_tensors import PackedTensors
 
 FEW_ROWS = 16  # up to here fbgemm is faster, which takes levels, above oneDNN, which takes codes: docs/performance.md
 _BLOCK = 2**18  # values that are quantized at a time
-_DIGITS = {torch.float32: 3, torch.bfloat16: 2, torch.float16: 2}
+_DIGITS = {torch.float32: 4, torch.bfloat16: 3, torch.float16: 3}
 _RANGES: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # input_scale -> (stamp of both, scale, zero point)
 _LAST = threading.local()
 
@@ -185,13 +185,13 @@ def _tokens(x: Tensor, spec: QuantSpec) -> IntegerInputs:
 
 
 def _fixed_point(x: Tensor) -> IntegerInputs:
-    """Each row in units of its largest magnitude: 24 bits (three digits) or 16, more than its dtype resolves near it."""
+    """Each row in units of 2^-31 of its largest magnitude, in half precision 2^-23: small values keep their precision."""
     digits = _DIGITS[x.dtype]
     offset = sum(128 << (8 * d) for d in range(digits))
-    highest = 2 ** (8 * digits) - 1 - offset
+    highest = 2 ** (8 * digits) - 1 - offset & -128  # a float32
     scale = x.abs().amax(dim=-1, keepdim=True).float().div_(highest)
     scale.masked_fill_(scale == 0, 1.0)
-    fixed = (x / scale).round_().clamp_(-highest, highest).to(torch.int32).add_(offset)
+    fixed = (x / scale).round_().clamp_(-highest, highest).to(torch.int64).add_(offset)
     digit_bytes = fixed.unsqueeze(-1).view(torch.uint8)[..., :digits].flip(-1)  # little-endian: the highest digit first
     codes = digit_bytes.permute(2, 0, 1).reshape(-1, x.shape[1])
     return IntegerInputs(x, scale, 128, digits=digits, _codes=codes)

@@ -22,7 +22,7 @@ from optimum_zsaq.surgery import low_bit_layers, pack, set_runtime
 SPECS = {
     "row": LayerSpec(QuantSpec(4), DYNAMIC),
     "zero": LayerSpec(QuantSpec(8, symmetric=False), DYNAMIC),
-    "group": LayerSpec(QuantSpec(3, "group", 32, symmetric=False), None),
+    "group": LayerSpec(QuantSpec(3, "group", 32, symmetric=False), DYNAMIC),
     "outliers": LayerSpec(QuantSpec(3), DYNAMIC, 0.02),
 }
 
@@ -238,7 +238,7 @@ class TestLife:
         assert torch.equal(layer(x), expected)
 
     def test_is_a_byte_a_weight(self):
-        packed = packed_weight(256, 512, QuantSpec(2))
+        packed = packed_weight(256, 512, LayerSpec(QuantSpec(2), DYNAMIC))
         for rows, name in ((20, "onednn"), (1, "fbgemm")):
             packed_linear(torch.randn(rows, 512), packed)
             assert list(_ENTRIES[packed.codes][1]) == [name]

@@ -1,4 +1,4 @@
-"""Weight-only layers on many bfloat16 rows: a block of rows of the weight is dequantized at a time, then multiplied."""
+"""Weight-only layers on many rows: a block of rows of the weight is dequantized at a time, then multiplied."""
 
 import torch
 from torch import Tensor
@@ -10,8 +10,8 @@ from .packed_tensors import PackedTensors
 _BLOCK = 2**20  # weights that are dense at a time
 
 
-def widened_products(x: Tensor, packed: PackedTensors) -> Tensor:
-    """x @ weight.T without outliers. Shapes: x (M, I) bfloat16 -> (M, O) bfloat16."""
+def dense_products(x: Tensor, packed: PackedTensors) -> Tensor:
+    """x @ weight.T without outliers. Shapes: x (M, I) -> (M, O), in x's dtype."""
     spec, out = packed.spec.weight, x.new_empty(len(x), packed.rows)
     step = max(1, _BLOCK // packed.columns)
     for start in range(0, packed.rows, step):
