@@ -20,6 +20,7 @@ from .packed_tensors import PackedTensors
 
 
 FEW_ROWS = 16  # up to here fbgemm is faster, which takes levels, above oneDNN, which takes codes: docs/performance.md
+_TINY = torch.finfo(torch.float32).tiny  # the scale of a row of zeros
 _BLOCK = 2**18  # values that are quantized at a time
 _DIGITS = {torch.float32: 4, torch.bfloat16: 3, torch.float16: 3}
 _RANGES: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # input_scale -> (stamp of both, scale, zero point)
@@ -176,8 +177,7 @@ def _float32(value: float) -> float:
 def _tokens(x: Tensor, spec: QuantSpec) -> IntegerInputs:
     """`ops.fake_quantize_tokens`, but for the last multiplication."""
     low = x.amin(dim=-1, keepdim=True).float().clamp_(max=0.0)
-    scale = x.amax(dim=-1, keepdim=True).float().clamp_(min=0.0).sub_(low).div_(spec.highest)
-    scale.masked_fill_(scale == 0, 1.0)
+    scale = x.amax(dim=-1, keepdim=True).float().clamp_(min=0.0).sub_(low).div_(spec.highest).clamp_min_(_TINY)
     zero_point = low.neg_().div_(scale).round_()
     first = zero_point[0].item()
     point = int(first) if math.isfinite(first) else 0  # near the others, so that little is lost in subtracting them

@@ -95,7 +95,7 @@ def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor | None, spec: Qu
     """
     levels = codes.to(torch.float32)
     levels -= spec.offset if zero_point is None else expand_slices(zero_point, codes.shape[-1], spec).to(levels.dtype)
-    return levels * expand_slices(scale, codes.shape[-1], spec)
+    return levels.mul_(expand_slices(scale, codes.shape[-1], spec))
 
 
 def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec) -> Tensor:
