@@ -26,6 +26,15 @@ def seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def fresh_graphs():
+    """Compiled graphs of other tests are forgotten."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
 @pytest.fixture(params=DEVICES)
 def device(request) -> torch.device:
     """The CPU, then a GPU where there is one."""

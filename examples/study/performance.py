@@ -54,6 +54,7 @@ def section(name: str, result: Result) -> str:
         f"{machine['cores']} cores, {machine['system']}, Python {machine['python']}; load average "
         f"{machine['load_average_before']} before and {machine['load_average_after']} after. {versions}. Result: `{name}`.",
         f"```bash\n{result['command']}\n```",
+        *([result["remark"]] if "remark" in result else []),
         times(result),
         sizes(result),
     ]

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from functools import lru_cache
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from ..ops import gather_outlier_rows
 from ..spec import LayerSpec, QuantSpec
@@ -74,16 +74,16 @@ def _tensors(packed: PackedTensors) -> tuple[Tensor | None, ...]:
 
 # Operators -----------------------------------------------------------------------------------------------------------
 
-_LIBRARY = torch.library.Library("zsaq", "FRAGMENT")
+_LIBRARY = library.Library("zsaq", "FRAGMENT")
 _ANY_DEVICE = "CompositeExplicitAutograd"
 
 
 def _define(schema: str, run: Callable, fake: Callable) -> None:
-    """An operator; `torch.library.custom_op` would take longer a call than a small layer does."""
+    """An operator; `library.custom_op` would take longer a call than a small layer does."""
     name = schema.partition("(")[0]
     _LIBRARY.define(schema)
     _LIBRARY.impl(name, run, _ANY_DEVICE)
-    torch.library.register_fake(f"zsaq::{name}", fake, lib=_LIBRARY)
+    library.register_fake(f"zsaq::{name}", fake, lib=_LIBRARY)
 
 
 def _run_packed_linear(x, bias, *arguments):
@@ -116,7 +116,7 @@ _define(
     _run_packed_linear,
     lambda x, bias, codes, *_: x.new_empty(*x.shape[:-1], codes.shape[0]),
 )
-torch.library.register_autograd("zsaq::packed_linear", _backward, setup_context=_setup_context, lib=_LIBRARY)
+library.register_autograd("zsaq::packed_linear", _backward, setup_context=_setup_context, lib=_LIBRARY)
 
 
 def _run_integer_linear(inputs, input_scale, input_zero_point, bias, codes, scale, zero_point, spec, columns):

@@ -13,7 +13,7 @@ from .prepacked import prepacked
 
 _GROUPS = (256, 128, 64, 32)  # what the kernel serves
 _ROWS = 32  # output rows are padded to its tile
-_FEW_ROWS = 8  # more rows take the dense weight, block by block: measured in docs/performance.md
+_FEW_ROWS = 8  # more rows take the dense weight, block by block: our choice
 
 
 class Int4:

@@ -19,7 +19,7 @@ from ..spec import QuantSpec
 from .packed_tensors import PackedTensors
 
 
-FEW_ROWS = 16  # up to here fbgemm is faster, which takes levels, above oneDNN, which takes codes: docs/performance.md
+FEW_ROWS = 16  # up to here fbgemm is faster, which takes levels, above oneDNN, which takes codes: our choice
 _TINY = torch.finfo(torch.float32).tiny  # the scale of a row of zeros
 _BLOCK = 2**18  # values that are quantized at a time
 _DIGITS = {torch.float32: 4, torch.bfloat16: 3, torch.float16: 3}

@@ -28,13 +28,7 @@ CASES = [(model, scheme) for model in MODELS for scheme in SCHEMES]
 DEFAULT = ("bert-cls", "default")
 
 
-@pytest.fixture(autouse=True)
-def fresh():
-    """Graphs of other tests are forgotten."""
-    torch._dynamo.reset()
-    counters.clear()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_graphs")
 
 
 def slow(cases):

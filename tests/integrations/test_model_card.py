@@ -23,7 +23,7 @@ def _card(tmp_path, name="bert-cls", **settings):
 def test_metadata_parses(tmp_path):
     _, text = _card(tmp_path)
     card = ModelCard(text)
-    assert card.data.library_name == "transformers"
+    assert card.data["library_name"] == "transformers"
     assert {"zsaq", "quantized"} <= set(card.data.tags)
     assert card.data.base_model is None
     assert MARK in card.text
@@ -110,4 +110,4 @@ def test_data_is_described_and_not_quoted(tmp_path):
 def test_fake_quantized_model_has_a_card(tmp_path):
     model = prepare(make("bert-cls"), PreQuantConfig().scheme())
     model.save_pretrained(tmp_path)
-    assert ModelCard((tmp_path / "README.md").read_text()).data.library_name == "transformers"
+    assert ModelCard((tmp_path / "README.md").read_text()).data["library_name"] == "transformers"

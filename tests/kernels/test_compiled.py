@@ -9,7 +9,7 @@ import torch
 from conformance import DYNAMIC, STATIC, ToyModel
 from kernel_cases import INPUTS, packed_weight
 from tolerances import KERNEL, relative_error
-from torch import Tensor, nn
+from torch import Tensor, library, nn
 from torch._dynamo.utils import counters
 
 from optimum_zsaq.kernels import compiled, int8, integer_inputs, packed_linear
@@ -81,13 +81,7 @@ def ids_of(batch: int) -> Tensor:
     return torch.randint(11, (batch, 3), generator=torch.Generator().manual_seed(batch))
 
 
-@pytest.fixture(autouse=True)
-def fresh():
-    """Graphs of other tests are forgotten."""
-    torch._dynamo.reset()
-    counters.clear()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_graphs")
 
 
 @pytest.fixture
@@ -277,7 +271,7 @@ class TestOperators:
             text = compiled._spec_text(packed.spec)
             tensors = [None if t is None else t.detach() for t in compiled._tensors(packed)]
             arguments = (x, bias, *tensors, text, 64, packed.runtime, packed.kernel)
-            torch.library.opcheck(torch.ops.zsaq.packed_linear.default, arguments)
+            library.opcheck(torch.ops.zsaq.packed_linear.default, arguments)
 
     @pytest.mark.parametrize("row", ["w8a8-dynamic", "w8a8-static", "w4a4-dynamic"])
     def test_parts_of_int8(self, row):
@@ -289,13 +283,13 @@ class TestOperators:
             for ranges in (torch.tensor([[0.02]]), torch.rand(rows, 1)):
                 zeros = torch.full_like(ranges, 7.0)
                 for bias in (None, torch.randn(33)):
-                    torch.library.opcheck(torch.ops.zsaq.integer_linear.default, (codes, ranges, zeros, bias, *weight))
+                    library.opcheck(torch.ops.zsaq.integer_linear.default, (codes, ranges, zeros, bias, *weight))
 
     def test_outlier_rows(self):
         packed = packed_weight(7, 64, LayerSpec(W4, None, 0.05))
         rows = torch.tensor([0, 6, 6, 3])
         arguments = (rows, 64, packed.outlier_positions, packed.outlier_values)
-        torch.library.opcheck(torch.ops.zsaq.outlier_rows.default, arguments)
+        library.opcheck(torch.ops.zsaq.outlier_rows.default, arguments)
 
     @pytest.mark.parametrize("row", LAYERS)
     def test_spec_survives_as_text(self, row):
