@@ -70,3 +70,9 @@ def compare(
 def with_runtime(packed: PackedTensors, runtime: str) -> PackedTensors:
     """The same tensors under another runtime."""
     return replace(packed, runtime=runtime)
+
+
+def on_device(packed: PackedTensors, device: str) -> PackedTensors:
+    """The same tensors on a device."""
+    tensors = {name: value for name in PackedTensors.__slots__ if isinstance(value := getattr(packed, name), Tensor)}
+    return replace(packed, **{name: value.to(device) for name, value in tensors.items()})

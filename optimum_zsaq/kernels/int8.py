@@ -50,7 +50,7 @@ class Int8:
         if packed.spec.inputs is None and rows > FEW_ROWS:
             return many_float_rows(x, packed, bias)
         out = _multiply(integer_inputs(x, packed), packed, bias, x.dtype)
-        return out.view(*x.shape[:-1], packed.rows)
+        return out if out.dim() == x.dim() else out.view(*x.shape[:-1], packed.rows)
 
 
 def many_float_rows(x: Tensor, packed: PackedTensors, bias: Tensor | None) -> Tensor:
@@ -85,7 +85,9 @@ def _multiply(inputs: IntegerInputs, packed: PackedTensors, bias: Tensor | None,
     out = weight.fused(inputs) if packed.outlier_positions is None else None
     if out is None:
         return _finish(inputs, weight.products(inputs), packed, bias, dtype)
-    return (out if bias is None else out.add_(bias)).to(dtype)
+    if bias is not None:
+        out.add_(bias)
+    return out if dtype == torch.float32 else out.to(dtype)
 
 
 def _finish(inputs: IntegerInputs, y: Tensor, packed: PackedTensors, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -262,7 +264,7 @@ def _blockwise_products(inputs: IntegerInputs, packed: PackedTensors) -> Tensor:
     step = max(1, _BLOCK // packed.columns)
     for start in range(0, packed.rows, step):
         rows = slice(start, min(start + step, packed.rows))
-        weight, offset = _widened(packed, rows)
+        weight, offset = widened(packed, rows)
         scale = _per_row(packed.scale if len(packed.scale) == 1 else packed.scale[rows], len(weight))
         total = None
         for group, (a, b) in enumerate(segments):
@@ -287,7 +289,7 @@ def _zero_points(inputs: IntegerInputs) -> Tensor | None:
     return torch.full((inputs.rows,), inputs.point - 128, dtype=torch.int32)
 
 
-def _widened(packed: PackedTensors, rows: slice) -> tuple[Tensor, Tensor | None]:
+def widened(packed: PackedTensors, rows: slice) -> tuple[Tensor, Tensor | None]:
     """Codes of some rows as (r, I) int8, and their zero points as (r, G) int32, None where all are zero."""
     spec = packed.spec.weight
     weight, shift = unpack_codes(packed.codes[rows], spec.bits, packed.columns), 0

@@ -4,6 +4,8 @@ from typing import Protocol
 
 from torch import Tensor
 
+from .cuda_dequantize import CudaDequantize
+from .cuda_int8 import CudaInt8
 from .int4 import Int4
 from .int8 import Int8
 from .packed_tensors import PackedTensors
@@ -58,5 +60,5 @@ def choose_kernel(x: Tensor, packed: PackedTensors) -> Kernel:
     return kernel
 
 
-for _kernel in (Reference(), Int8(), Int4()):
+for _kernel in (Reference(), CudaDequantize(), CudaInt8(), Int8(), Int4()):
     register_kernel(_kernel)
