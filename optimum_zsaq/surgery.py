@@ -251,7 +251,12 @@ def _carry_over(old: nn.Module, new: nn.Module) -> nn.Module:
 _HOOKS = ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called")
 _HOOKS += ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs")
 _STATE_ATTRIBUTES = {"spec", "rows", "columns", "runtime", "float_type", "kernel", "_tied", "nx", "nf"}
-_STATE_ATTRIBUTES |= {"forward", "_old_forward", "_hf_hook"}  # accelerate's hooks wrap the old layer's forward
+_STATE_ATTRIBUTES |= {
+    "perturbation",
+    "forward",
+    "_old_forward",
+    "_hf_hook",
+}  # accelerate's hooks wrap the old layer's forward
 
 
 def low_bit_layers(model: nn.Module) -> Iterator[tuple[str, LowBitLayer]]:

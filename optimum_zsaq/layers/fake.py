@@ -2,6 +2,9 @@
 
 `from_float` shares the float layer's Parameters and copies nothing. Scales are set explicitly, by `find_ranges`, never in
 a forward pass. A scale is a frozen Parameter until an algorithm unfreezes it.
+
+`perturbation` (O, I) float32 or None is added to the quantized weight; sharpness-aware training sets it for its second
+pass (`algorithms/sharpness.py`). It is no Parameter and never saved.
 """
 
 from collections.abc import Iterator
@@ -31,6 +34,8 @@ def row_blocks(weight: Tensor, spec: QuantSpec) -> Iterator[tuple[int, Tensor]]:
 class _FakeQuant(LowBitLayer):
     """What fake-quantized layers share. `master()` is the float weight (O, I)."""
 
+    perturbation: Tensor | None = None
+
     def _new_tensors(self, spec: LayerSpec, rows: int, columns: int) -> None:
         self.spec = spec
         self._tied = ()
@@ -47,7 +52,12 @@ class _FakeQuant(LowBitLayer):
 
     def master(self) -> Tensor:
         """The float master weight. Shapes: (O, I), a view."""
-        return self.weight
+        return self.oriented(self.weight)
+
+    @staticmethod
+    def oriented(tensor: Tensor) -> Tensor:
+        """A tensor in the shape of the Parameter as (O, I), or back. A view."""
+        return tensor
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -100,7 +110,7 @@ class _FakeQuant(LowBitLayer):
         weight = fake_quantize(master, owner.weight_scale, owner.weight_zero_point, owner.spec.weight)
         if owner.weight_outlier_positions is not None:
             weight = add_outliers(weight, owner.weight_outlier_positions, owner.weight_outlier_values)
-        return weight
+        return weight if owner.perturbation is None else weight + owner.perturbation
 
 
 class FakeQuantLinear(_FakeQuant, nn.Linear):
@@ -133,9 +143,10 @@ class FakeQuantTransposedLinear(FakeQuantLinear):
     def _shape(weight: Tensor) -> tuple[int, int]:
         return weight.shape[1], weight.shape[0]
 
-    def master(self) -> Tensor:
-        """The float master weight. Shapes: (O, I), a view of the (I, O) Parameter."""
-        return self.weight.t()
+    @staticmethod
+    def oriented(tensor: Tensor) -> Tensor:
+        """The transpose: the Parameter is (I, O)."""
+        return tensor.t()
 
 
 class FakeQuantEmbedding(_FakeQuant, nn.Embedding):
@@ -165,6 +176,8 @@ class FakeQuantEmbedding(_FakeQuant, nn.Embedding):
         if owner.weight_outlier_positions is not None:
             positions, values = owner.weight_outlier_positions, owner.weight_outlier_values
             rows = rows + gather_outlier_rows(flat, self.embedding_dim, positions, values)
+        if owner.perturbation is not None:
+            rows = rows + owner.perturbation[flat]
         return rows.to(self.weight.dtype).view(*input.shape, self.embedding_dim)
 
 
