@@ -6,7 +6,7 @@ from conformance import DTYPES, DYNAMIC, STATIC, spec_id, weight_specs
 from kernel_cases import INPUTS, packed_weight
 from tolerances import KERNEL, MATMUL, relative_error
 
-from optimum_zsaq.kernels import KERNELS, packed_linear
+from optimum_zsaq.kernels import packed_linear
 from optimum_zsaq.kernels.prepacked import _ENTRIES
 from optimum_zsaq.spec import LayerSpec, QuantSpec
 
