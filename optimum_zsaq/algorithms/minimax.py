@@ -92,10 +92,18 @@ def discrepancy(teacher: Any, student: Any, batch: Batch, settings: MinimaxSetti
         teacher, student: what the models returned with `output_hidden_states=True`.
 
     Shapes: -> () float32.
+
+    Raises:
+        ValueError: outputs count, and the model has none.
     """
     total = torch.zeros((), device=batch["input_ids"].device)
     encoder = batch.get("attention_mask")
     if settings.output_weight and settings.output != "none":
+        if getattr(student, "logits", None) is None:
+            raise ValueError(
+                f"output_weight={settings.output_weight!r} needs a model that returns logits, and this one returns "
+                f"{type(student).__name__} without; use output_weight=0.0"
+            )
         mask = encoder if student.logits.dim() == 3 and "decoder_input_ids" not in batch else None
         total = total + settings.output_weight * _output_discrepancy(teacher.logits, student.logits, mask, settings.output)
     if settings.hidden_weight:

@@ -10,13 +10,18 @@ from typing import Any
 from .common import Command, add_common_arguments, size_text
 
 
-ALGORITHMS = ("prequant",)
+ALGORITHMS = ("prequant", "zsaq")
+_TRAINING = ("steps", "batch_size", "learning_rate", "rho", "generator_every")  # fields that only zsaq has
 
 _EXAMPLES = """examples:
   optimum-cli zsaq quantize --model bert-base-uncased --output out --weight-bits 4 --embedding-bits 4
   optimum-cli zsaq quantize --model ./my-model --output out --weight-bits 3 --granularity group --group-size 64
   optimum-cli zsaq quantize --model ./my-model --output out --activations static --calibration-data texts.txt
+  optimum-cli zsaq quantize --model ./my-model --output out --algorithm zsaq --weight-bits 2 --steps 300
 """
+
+
+_ALGORITHM_HELP = "prequant: data-free rounding; zsaq: training without data (default: prequant)"
 
 
 def bits_or_none(text: str) -> int | None:
@@ -38,7 +43,7 @@ class QuantizeCommand(Command):
         parser.epilog, parser.formatter_class = _EXAMPLES, RawDescriptionHelpFormatter
         parser.add_argument("--model", required=True, help="folder or Hub id of a float model")
         parser.add_argument("--output", required=True, type=Path, help="folder to write; it must not exist yet")
-        parser.add_argument("--algorithm", choices=ALGORITHMS, default="prequant", help="prequant: data-free rounding")
+        parser.add_argument("--algorithm", choices=ALGORITHMS, default="prequant", help=_ALGORITHM_HELP)
         parser.add_argument("--weight-bits", type=int, default=4, help="2 to 8, of Linear layers (default: 4)")
         parser.add_argument("--embedding-bits", type=bits_or_none, default=8, help="2 to 8 or none (default: 8)")
         parser.add_argument("--activation-bits", type=bits_or_none, default=8, help="2 to 8 or none (default: 8)")
@@ -50,7 +55,12 @@ class QuantizeCommand(Command):
         parser.add_argument("--activations", default="dynamic", help="dynamic or static (default: dynamic)")
         parser.add_argument("--calibration-data", help="file of texts for static ranges (default: sampled token sequences)")
         parser.add_argument("--calibration-samples", type=int, default=128, help="texts used of it (default: 128)")
-        parser.add_argument("--seed", type=int, default=0, help="of sampled token sequences (default: 0)")
+        parser.add_argument("--seed", type=int, default=0, help="of sampled or generated token sequences (default: 0)")
+        parser.add_argument("--steps", type=int, help="zsaq: training steps (default: 300)")
+        parser.add_argument("--batch-size", type=int, help="zsaq: sequences a step (default: 32)")
+        parser.add_argument("--learning-rate", type=float, help="zsaq: of the weights (default: 3e-4)")
+        parser.add_argument("--rho", type=float, help="zsaq: radius of SAM, 0 for none (default: 0)")
+        parser.add_argument("--generator-every", type=int, help="zsaq: steps for one ascent, 0 for none (default: 0)")
         parser.add_argument(
             "--modules-to-not-convert",
             nargs="+",
@@ -98,8 +108,15 @@ def _check_output(output: Path) -> None:
 
 def _quantization_config(args: Namespace) -> Any:
     from ..integrations.configs import ALGORITHMS as CONFIGS
+    from ..integrations.registration import register
 
+    register()
+    training = {name: getattr(args, name) for name in _TRAINING if getattr(args, name) is not None}
+    if training and args.algorithm != "zsaq":
+        options = ", ".join(f"--{name.replace('_', '-')}" for name in training)
+        raise ValueError(f"{options} is for training and --algorithm {args.algorithm} does none; add --algorithm zsaq")
     return CONFIGS[args.algorithm](
+        **training,
         weight_bits=args.weight_bits,
         embedding_bits=args.embedding_bits,
         activation_bits=args.activation_bits,
@@ -119,10 +136,8 @@ def _quantization_config(args: Namespace) -> Any:
 def _load(args: Namespace, config: Any) -> Any:
     import torch
 
-    from ..integrations.registration import register
     from ..integrations.tasks import load_config, model_class
 
-    register()
     stored = load_config(args.model)
     if getattr(stored, "quantization_config", None) is not None:
         raise ValueError(f"{args.model} is quantized already; give --model the float model it was made from")

@@ -58,6 +58,7 @@ class LowBitConfig(QuantizationConfigMixin):
     """
 
     algorithm = "none"
+    trains_on_load = False
 
     def __init__(
         self,

@@ -162,6 +162,26 @@ def sampled_batches(model: PreTrainedModel, count: int, seed: int) -> Iterator[B
         yield complete_batch(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
 
 
+def special_tokens(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
+) -> tuple[tuple[int, ...], tuple[int, ...], list[int], int]:
+    """Ids that a sequence begins with, those it ends with, all special ids, and the padding id."""
+    size = model.get_input_embeddings().weight.shape[0]
+    if tokenizer is None:
+        names = ("pad_token_id", "bos_token_id", "eos_token_id")
+        special = {token for name in names for token in _token_ids(model, name)}
+        first, last = (), tuple(_token_ids(model, "eos_token_id")[:1]) if model.config.is_encoder_decoder else ()
+        padding = next(iter(_token_ids(model, "pad_token_id")), 0)
+    else:
+        special, padding = set(tokenizer.all_special_ids), tokenizer.pad_token_id or 0
+        written = tokenizer("")["input_ids"]  # what the tokenizer puts around a text
+        half = (len(written) + 1) // 2
+        first, last = tuple(written[:half]), tuple(written[half:])
+        if written == [tokenizer.eos_token_id]:  # T5 and others only end their texts
+            first, last = (), tuple(written)
+    return first, last, sorted(token for token in special if token < size), padding
+
+
 def _plain_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> Tensor:
     size = model.get_input_embeddings().weight.shape[0]
     special = set() if tokenizer is None else set(tokenizer.all_special_ids)

@@ -30,6 +30,7 @@ from .checkpoint import CheckpointError, header, verify_files
 from .configs import LowBitConfig, body_name
 from .recipe import calibrate_on_load, write_recipe
 from .saving import attach_saving, detach_saving
+from .zsaq import train_on_load
 
 
 logger = logging.getLogger(__name__)
@@ -155,7 +156,9 @@ class LowBitQuantizer(HfQuantizer):
     ) -> PreTrainedModel:
         config = self.quantization_config
         if not self.pre_quantized:
-            skeleton(model, select(model, config.scheme()), config.packed)
+            table = select(model, config.scheme())
+            if not config.trains_on_load:  # else the float model is needed as the teacher
+                skeleton(model, table, config.packed)
             return model
         if config.modules is None:
             raise CheckpointError(
@@ -190,6 +193,7 @@ class LowBitQuantizer(HfQuantizer):
             raise ValueError("; ".join(self.failures))
         self._check_complete(model)
         self._restore_new_layers(model)
+        trained = train_on_load(model, config) if config.trains_on_load and not self.pre_quantized else None
         for _, layer in low_bit_layers(model):
             for name in (*SCALES, *INTEGERS):
                 if layer._parameters.get(name) is not None:
@@ -198,7 +202,7 @@ class LowBitQuantizer(HfQuantizer):
                 layer.weight.requires_grad_(False)
         set_runtime(model, config.runtime, config.kernel)
         if not self.pre_quantized:
-            data = calibrate_on_load(model, config)
+            data = trained or calibrate_on_load(model, config)
             config.calibration_data = None  # the model must not carry its user's texts
             config.describe_model(model)
             write_recipe(model, config, data)

@@ -206,3 +206,27 @@ def test_as_a_process_from_another_folder(bert, tmp_path):
     code, text = run("quantize", "--help")
     assert code == 0
     assert "examples:" in text
+
+
+def test_training_without_data(monkeypatch, capsys, bert, tmp_path):
+    out = tmp_path / "out"
+    options = ["--algorithm", "zsaq", "--weight-bits", 2, "--steps", 3, "--batch-size", 2, "--rho", 0.05]
+    assert cli(monkeypatch, "quantize", "--model", bert, "--output", out, *options, "--generator-every", 2, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["algorithm"] == "zsaq"
+    config = AutoModelForSequenceClassification.from_pretrained(out).config.quantization_config
+    assert (config.algorithm, config.steps, config.batch_size, config.rho, config.generator_every) == (
+        "zsaq",
+        3,
+        2,
+        0.05,
+        2,
+    )
+    assert config.recipe["calibration"]["count"] == 6
+
+
+def test_options_of_training_need_an_algorithm_that_trains(monkeypatch, capsys, bert, tmp_path):
+    options = ["--model", bert, "--output", tmp_path / "out", "--rho", 0.1, "--learning-rate", 1e-4]
+    assert cli(monkeypatch, "quantize", *options) != 0
+    message = "--learning-rate, --rho is for training and --algorithm prequant does none; add --algorithm zsaq"
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
