@@ -1,12 +1,17 @@
 """Layers on GPUs by one Triton kernel: reads the packed codes, dequantizes a tile in registers, multiplies it."""
 
+import logging
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
+from ..spec import LayerSpec, QuantSpec
 from .int8 import add_outliers
 from .packed_tensors import PackedTensors
+
+
+logger = logging.getLogger(__name__)
 
 
 class CudaDequantize:
@@ -33,12 +38,23 @@ class CudaDequantize:
 
 @torch.compiler.assume_constant_result
 def is_available() -> bool:
-    """Whether Triton is installed and can compile for the GPUs here."""
-    return _has_triton()
+    """Whether Triton is installed, compiles for the GPUs here, and multiplies right; it is tried once."""
+    return _multiplies_right()
 
 
 @lru_cache
-def _has_triton() -> bool:
+def _multiplies_right() -> bool:
     from torch.utils._triton import has_triton
 
-    return torch.cuda.is_available() and has_triton()
+    if not (torch.cuda.is_available() and has_triton()):
+        return False
+    from .triton_matmul import dequantized_matmul
+
+    codes, spec = torch.arange(33 * 24).view(33, 24).remainder(256).to(torch.uint8), LayerSpec(QuantSpec(3))
+    packed = PackedTensors(spec, 64, codes.cuda(), torch.full((33, 1), 0.5, device="cuda"))
+    x = torch.arange(3 * 64, device="cuda").view(3, 64).remainder(7).float()
+    try:
+        return torch.equal(dequantized_matmul(x, packed, None), x @ packed.weight().t())  # small integers: exact
+    except Exception as error:  # whatever a compiler does
+        logger.warning("The Triton kernel does not run on this GPU, weights are dequantized by PyTorch instead: %s", error)
+        return False

@@ -1,5 +1,6 @@
 """8-bit integer matmuls on NVIDIA GPUs, by cuBLAS through `torch._int_mm`."""
 
+import logging
 from functools import lru_cache
 
 import torch
@@ -9,6 +10,8 @@ from .int8 import add_outliers, widened
 from .packed_tensors import PackedTensors
 from .prepacked import prepacked
 
+
+logger = logging.getLogger(__name__)
 
 _INNER = 8  # cuBLAS takes multiples of it for columns and output rows
 _FEWEST_ROWS = 17  # and no fewer rows of the input
@@ -83,11 +86,22 @@ def _padded_int_mm(codes: Tensor, weight: Tensor) -> Tensor:
 
 @torch.compiler.assume_constant_result
 def is_available() -> bool:
-    """Whether every GPU here has int8 tensor cores (compute capability 7.5)."""
-    return _capable()
+    """Whether this machine's GPUs multiply 8-bit integers exactly; it is tried once."""
+    return _multiplies_exactly()
 
 
 @lru_cache
-def _capable() -> bool:
-    count = torch.cuda.device_count() if torch.cuda.is_available() and torch.version.cuda else 0
-    return count > 0 and all(torch.cuda.get_device_capability(i) >= (7, 5) for i in range(count))
+def _multiplies_exactly() -> bool:
+    if not torch.cuda.is_available():
+        return False
+    try:
+        for device in range(torch.cuda.device_count()):
+            weight = torch.tensor([[127] * 64, [-128] * 64, [1] * 64] * 8, dtype=torch.int8, device=f"cuda:{device}")
+            codes = torch.tensor([[127] * 64, [-128] * 64, [3, -4] * 32], dtype=torch.int8, device=weight.device)
+            found = _padded_int_mm(codes, weight)[: len(codes)]
+            if not torch.equal(found.double(), codes.double() @ weight.double().t()):
+                return False
+    except RuntimeError as error:
+        logger.warning("8-bit matmuls are not available on this GPU, weights are dequantized instead: %s", error)
+        return False
+    return True

@@ -77,3 +77,28 @@ def test_other_devices_and_schemes_are_not_its_business():
     assert choose_kernel(x, packed_weight(3, 32, dynamic)).name in ("int8", "reference")
     with pytest.raises(ValueError, match="kernel='cuda_int8' does not serve .* on cpu"):
         choose_kernel(x, packed_weight(3, 32, dynamic, kernel="cuda_int8"))
+
+
+def test_without_a_gpu_it_is_not_there(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    cuda_int8._multiplies_exactly.cache_clear()
+    try:
+        assert not cuda_int8.is_available()
+    finally:
+        cuda_int8._multiplies_exactly.cache_clear()
+
+
+def test_a_gpu_that_cannot_is_said_and_not_used(monkeypatch, caplog):
+    def fail(*_, **__):
+        raise RuntimeError("no such instruction")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(cuda_int8.torch, "tensor", fail)
+    cuda_int8._multiplies_exactly.cache_clear()
+    try:
+        assert not cuda_int8.is_available()
+    finally:
+        cuda_int8._multiplies_exactly.cache_clear()
+    assert "8-bit matmuls are not available on this GPU" in caplog.text
+    assert "no such instruction" in caplog.text

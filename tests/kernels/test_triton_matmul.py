@@ -14,7 +14,7 @@ INTERPRETED = """
 import torch
 from kernel_cases import INPUTS, packed_weight
 from tolerances import KERNEL, relative_error
-from optimum_zsaq.kernels import KERNELS
+from optimum_zsaq.kernels import KERNELS, PackedTensors
 from optimum_zsaq.spec import LayerSpec, QuantSpec
 
 torch.manual_seed(0)
@@ -37,6 +37,10 @@ for bits in (2, 3, 4, 8):
                         assert relative_error(found, expected) <= KERNEL[dtype], (spec, dtype, batch)
                         cases += 1
 assert kernel(torch.empty(0, 300), packed, None).shape == (0, 40)
+codes = torch.arange(33 * 24).view(33, 24).remainder(256).to(torch.uint8)  # what is tried once on a GPU
+packed = PackedTensors(LayerSpec(QuantSpec(3)), 64, codes, torch.full((33, 1), 0.5))
+x = torch.arange(3 * 64).view(3, 64).remainder(7).float()
+assert torch.equal(kernel(x, packed, None), x @ packed.weight().t())
 print(cases)
 """
 
