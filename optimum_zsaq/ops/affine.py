@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..spec import QuantSpec
-from .rounding import replace_value, round_ste
+from .rounding import replace_value, round_scaled
 
 
 _THRESHOLD = 0.7  # TWN section 3.1: a weight is zero where |w| <= 0.7 * mean |w|
@@ -31,17 +31,11 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _levels(x: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec) -> Tensor:
-    """The integer multiple of the scale that each value becomes, as floats, with straight-through gradients."""
-    if spec.ternary:
-        return replace_value(x / scale, ternary_levels(x.detach(), spec))
-    shift = 0 if zero_point is None else zero_point.to(x.dtype)
-    bounded = torch.clamp(x / scale, _tensor(spec.lowest - shift, x), _tensor(spec.highest - shift, x))
-    return round_ste(bounded)
-
-
-def _tensor(bound: Tensor | int, like: Tensor) -> Tensor:
-    return bound if isinstance(bound, Tensor) else like.new_tensor(float(bound))
+def _bounds(zero_point: Tensor | None, spec: QuantSpec) -> tuple[Tensor | float, Tensor | float]:
+    """The least and the greatest multiple of the scale."""
+    if zero_point is None:
+        return float(spec.lowest), float(spec.highest)
+    return spec.lowest - zero_point, spec.highest - zero_point
 
 
 def ternary_levels(x: Tensor, spec: QuantSpec) -> Tensor:
@@ -84,7 +78,7 @@ def quantize(x: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpe
     stored as c + 2^(bits - 1).
     """
     x, scale, zero_point = _operands(x.detach(), scale.detach(), zero_point, spec)
-    levels = _levels(x, scale, zero_point, spec)
+    levels = ternary_levels(x, spec) if spec.ternary else (x / scale).clamp_(*_bounds(zero_point, spec)).round_()
     return (levels + (spec.offset if zero_point is None else zero_point)).to(torch.uint8)
 
 
@@ -107,7 +101,9 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor | None, spec: Qua
     round(x / s) - x / s inside the range and the bound outside it (LSQ, https://huggingface.co/papers/1902.08153, eq. 3).
     """
     x, scale, zero_point = _operands(x, scale, zero_point, spec)
-    return _levels(x, scale, zero_point, spec) * scale
+    if spec.ternary:
+        return replace_value(x / scale, ternary_levels(x.detach(), spec)) * scale
+    return round_scaled(x, scale, *_bounds(zero_point, spec))
 
 
 def fake_quantize_tokens(x: Tensor, spec: QuantSpec) -> Tensor:

@@ -1,15 +1,30 @@
-"""Rounding that lets gradients through (the straight-through estimator, https://huggingface.co/papers/1308.3432)."""
+"""Rounding that lets gradients through (the straight-through estimator, https://huggingface.co/papers/1308.3432).
+
+Each is one autograd function, so that training keeps and computes no more than its gradient needs.
+"""
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
 
+class _Replace(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, value: Tensor) -> Tensor:
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
+
+
 def round_ste(x: Tensor) -> Tensor:
     """Round to the nearest integer, halves to even; the gradient is that of the identity.
 
-    Shapes: x (...) -> (...), same float dtype. The value equals `x.round()` exactly for every finite x.
+    Shapes: x (...) -> (...), same float dtype. The value equals `x.round()` exactly for every x.
     """
-    return x + (x.round() - x).detach()
+    return _Replace.apply(x, x.detach().round())
 
 
 def replace_value(x: Tensor, value: Tensor) -> Tensor:
@@ -17,4 +32,35 @@ def replace_value(x: Tensor, value: Tensor) -> Tensor:
 
     Shapes: x (...), value (...) of x's shape and dtype -> (...).
     """
-    return torch.where(torch.isfinite(x), value.detach() + (x - x.detach()), value.detach())
+    return _Replace.apply(x, value.detach())
+
+
+class _RoundScaled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, low: Tensor | float, high: Tensor | float) -> Tensor:
+        ratio = x / scale
+        ctx.bounds = low, high
+        ctx.save_for_backward(ratio, scale)
+        return ratio.clamp(low, high).round_().mul_(scale)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        ratio, scale = ctx.saved_tensors
+        clamped = ratio.clamp(*ctx.bounds)
+        inside = clamped == ratio
+        of_scale = None
+        if ctx.needs_input_grad[1]:
+            slope = clamped.round_().sub_(ratio * inside).mul_(gradient)
+            of_scale = slope.sum_to_size(scale.shape)
+        return gradient * inside if ctx.needs_input_grad[0] else None, of_scale, None, None
+
+
+def round_scaled(x: Tensor, scale: Tensor, low: Tensor | float, high: Tensor | float) -> Tensor:
+    """round(clamp(x / scale, low, high)) * scale, differentiable in x and in the scale.
+
+    Shapes: x (...), scale broadcastable to x, bounds numbers or broadcastable to x -> (...), x's dtype.
+
+    The gradient of x is 1 inside the bounds and 0 outside; that of the scale is round(x / s) - x / s inside and the bound
+    outside (LSQ, https://huggingface.co/papers/1902.08153, eq. 3).
+    """
+    return _RoundScaled.apply(x, scale, low, high)
