@@ -264,6 +264,23 @@ def low_bit_layers(model: nn.Module) -> Iterator[tuple[str, LowBitLayer]]:
     return ((name, module) for name, module in model.named_modules() if isinstance(module, LowBitLayer))
 
 
+def blocks(model: nn.Module) -> dict[str, nn.Module]:
+    """The repeated blocks of a model, such as its encoder and decoder layers, by name, found by structure.
+
+    They are the entries of its outermost `nn.ModuleList`s of which every entry holds a Linear layer, in whichever state.
+    """
+
+    def holds_linear(module: nn.Module) -> bool:
+        return any((kind := kind_of(m)) is not None and not kind.table for m in module.modules())
+
+    found: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        inside = any(name.startswith(f"{block}.") for block in found)
+        if isinstance(module, nn.ModuleList) and len(module) and not inside and all(map(holds_linear, module)):
+            found |= {f"{name}.{i}": block for i, block in enumerate(module)}
+    return found
+
+
 def quantize_weight(layer: LowBitLayer, weight: Tensor, ranges: str, packed: bool = True) -> dict[str, Tensor]:
     """The weight's tensors of a packed or, with `packed=False`, a fake-quantized layer, by name; the layer is unchanged.
 

@@ -1,11 +1,14 @@
-"""Where zero-shot training gets its inputs from: batches to learn from, and a way to make them harder.
+"""Where zero-shot training gets its inputs from: sequences from a source, and a network that makes them harder.
 
-A generator is an `nn.Module` with `sample`, which draws a batch of token ids, and `soft_sample`, which draws one that
-gradients reach the generator through. Its parameters and its random numbers are its state.
+A source gives token ids: `PriorSource` draws them from a guess of how likely each token is, `WrittenSource` from sequences
+that a language model wrote. `Generator` finishes them (special tokens) and, where training asks for it, pushes them to
+where teacher and student differ. Its parameters and its random numbers are its state.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +18,8 @@ Batch = dict[str, Tensor]
 
 _SMALLEST_NORM = 0.7
 _HEAD = 10.0
+_ALWAYS = 1e4  # a logit that beats every other
+_KEPT = 2.0  # the generator starts with exp(2) : 1 for a token as it came against all candidates together, our choice
 
 
 def token_prior(table: Tensor, special: list[int], exponent: float = 0.7) -> Tensor:
@@ -42,12 +47,13 @@ def token_prior(table: Tensor, special: list[int], exponent: float = 0.7) -> Ten
 
 @dataclass(frozen=True)
 class SequenceForm:
-    """What every sequence looks like: its special tokens, its lengths, and what fills the rest of a batch.
+    """What every sequence looks like: its special tokens and its lengths.
+
+    All sequences of a batch have one length, so that none is padded; log(length) is uniform over batches.
 
     Args:
         first, last (`tuple[int, ...]`): ids it begins and ends with, such as [CLS] and [SEP].
-        shortest, longest (`int`): its length, special tokens included, is uniform between these.
-        padding (`int`): the id behind its end.
+        shortest, longest (`int`): its length, special tokens included.
 
     Raises:
         ValueError: no room between the special tokens, or lengths out of order.
@@ -56,94 +62,198 @@ class SequenceForm:
     first: tuple[int, ...] = ()
     last: tuple[int, ...] = ()
     shortest: int = 5
-    longest: int = 24
-    padding: int = 0
+    longest: int = 64
 
     def __post_init__(self):
-        least = len(self.first) + len(self.last) + 1
-        if not least <= self.shortest <= self.longest:
+        if not self.special < self.shortest <= self.longest:
             raise ValueError(
-                f"sequences of {self.shortest} to {self.longest} tokens are not possible with {least - 1} special ones; "
-                f"use lengths of at least {least}, the shorter first"
+                f"sequences of {self.shortest} to {self.longest} tokens are not possible with {self.special} special ones; "
+                f"use lengths of at least {self.special + 1}, the shorter first"
             )
 
+    @property
+    def special(self) -> int:
+        """How many of the tokens are special."""
+        return len(self.first) + len(self.last)
 
-class NoiseGenerator(nn.Module):
-    """From noise to sequences of tokens, by a small network that starts as the prior and is pushed from there.
+    def draw_length(self, random: torch.Generator) -> int:
+        """The length of one batch."""
+        low, high = math.log(self.shortest), math.log(self.longest + 1)
+        return min(self.longest, int(math.exp(low + (high - low) * torch.rand((), generator=random).item())))
 
-    A batch is written with `candidates` tokens drawn from the prior, so that a step costs no product with the whole
-    vocabulary. Token t of a sequence has the probabilities softmax(h_t . E_c) over the candidates c, where E are the
-    teacher's embeddings, scaled to unit variance, and h comes from noise of the sequence and noise of the token. The last
-    layer starts at zero: all candidates are equally likely, which is the prior.
+    def finish(self, ids: Tensor) -> Tensor:
+        """Put the special tokens around. Shapes: (B, L - special) -> (B, L)."""
+        first, last = (torch.tensor(end, dtype=ids.dtype, device=ids.device) for end in (self.first, self.last))
+        return torch.cat([first.expand(len(ids), -1), ids, last.expand(len(ids), -1)], dim=1)
+
+
+@runtime_checkable
+class Source(Protocol):
+    """Draws sequences without special tokens."""
+
+    def draw(self, size: int, length: int, random: torch.Generator) -> Batch:
+        """Shapes: -> input_ids (size, length) int64, on the CPU; and what else belongs to these sequences."""
+
+
+class PriorSource:
+    """Every token on its own, from a prior. Args: prior (`Tensor`): (V,), see `token_prior`."""
+
+    def __init__(self, prior: Tensor):
+        self.prior = prior.cpu()
+
+    def draw(self, size: int, length: int, random: torch.Generator) -> Batch:
+        """See `Source`."""
+        drawn = torch.multinomial(self.prior, size * length, replacement=True, generator=random)
+        return {"input_ids": drawn.view(size, length)}
+
+
+class WrittenSource:
+    """Pieces of sequences that were written before.
 
     Args:
+        written (`Tensor`): (N, W) int64, token ids; a shorter piece begins anywhere in a row.
+        decoder (`Tensor`, *optional*): (N, M) int64, what an encoder-decoder model answers to each row; rows are then
+            given whole.
+        decoder_mask (`Tensor`, *optional*): (N, M), 0 behind the end of an answer.
+
+    Raises:
+        ValueError: nothing was written.
+    """
+
+    def __init__(self, written: Tensor, decoder: Tensor | None = None, decoder_mask: Tensor | None = None):
+        if not written.numel():
+            raise ValueError("no sequence was written, so there is nothing to train on; check the generator")
+        self.written, self.decoder, self.decoder_mask = written, decoder, decoder_mask
+
+    def draw(self, size: int, length: int, random: torch.Generator) -> Batch:
+        """See `Source`; an encoder-decoder model's batch has its decoder's inputs too."""
+        rows = torch.randint(len(self.written), (size,), generator=random)
+        if self.decoder is not None:
+            answers = {"decoder_input_ids": self.decoder[rows], "decoder_attention_mask": self.decoder_mask[rows]}
+            return {"input_ids": self.written[rows], **answers}
+        starts = torch.randint(self.written.shape[1] - length + 1, (size, 1), generator=random)
+        return {"input_ids": self.written[rows].gather(1, starts + torch.arange(length))}
+
+
+@dataclass(frozen=True)
+class SoftBatch:
+    """A batch that gradients reach the generator through.
+
+    Shapes: batch of (B, L) as it is read; written (B, L) int64, as the source gave it; candidates (C,) int64; choice
+    (B, L, 1 + C) float32: exactly one-hot, first the token as it was written, then the candidates, with the gradient
+    of the probabilities; entropy () float32: how undecided the generator is, 1 where it starts, 0 if it never doubts.
+    """
+
+    batch: Batch
+    written: Tensor
+    candidates: Tensor
+    choice: Tensor
+    entropy: Tensor
+
+    def embed(self, embed: Callable[[Tensor], Tensor]) -> Tensor:
+        """What a model reads: rows of its own table, with gradients to the choice.
+
+        Args:
+            embed (`Callable`): the model's input embedding, (...) int64 -> (..., D).
+
+        Shapes: -> (B, L, D), in the embedding's dtype.
+        """
+        written, rows = embed(self.written), embed(self.candidates)
+        choice = self.choice.to(rows.dtype)
+        return choice[..., :1] * written + choice[..., 1:] @ rows
+
+    def part(self, rows: slice) -> "SoftBatch":
+        """Some of its sequences."""
+        batch = {name: tensor[rows] for name, tensor in self.batch.items()}
+        return SoftBatch(batch, self.written[rows], self.candidates, self.choice[rows], self.entropy)
+
+
+class Generator(nn.Module):
+    """Sequences from a source, and a small network that replaces some of their tokens.
+
+    For each token the network turns noise (of the sequence and of the token) and the token's embedding into a vector h. The
+    token is kept with weight exp(2) * C, and replaced by candidate c, of C that are drawn from the prior for each batch,
+    with weight exp(h . E_c), where E are the teacher's embeddings, scaled to unit variance. The last layer starts at zero:
+    one token in nine is replaced by one from the prior. Until it is trained, `sample` gives what the source gives.
+
+    Args:
+        source (`Source`): where sequences come from.
         table (`Tensor`): (V, D), the teacher's input embeddings; not trained, not part of the state.
         prior (`Tensor`): (V,), see `token_prior`.
         form (`SequenceForm`): special tokens and lengths.
-        candidates (`int`): tokens a batch is written with. Our choice.
+        candidates (`int`): tokens that may come in. Our choice: a step costs no product with the whole vocabulary.
         width (`int`): of noise and network. Our choice.
         seed (`int`): of the start values and of all that is drawn.
     """
 
     def __init__(
-        self, table: Tensor, prior: Tensor, form: SequenceForm, candidates: int = 1024, width: int = 64, seed: int = 0
+        self,
+        source: Source,
+        table: Tensor,
+        prior: Tensor,
+        form: SequenceForm,
+        candidates: int = 1024,
+        width: int = 64,
+        seed: int = 0,
     ):
         super().__init__()
-        self.form, self.candidates, self.width = form, candidates, width
-        self._table, self._prior = table.detach(), prior
+        self.source, self.form, self.candidates, self.width = source, form, candidates, width
+        self._table, self._prior = table.detach(), prior.cpu()
         self._spread = table.detach().float().std().clamp(min=1e-6)
         self.random = torch.Generator().manual_seed(seed)
+        columns = table.shape[1]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.network = nn.Sequential(
-                nn.Linear(2 * width, 4 * width), nn.GELU(), nn.Linear(4 * width, table.shape[1], bias=False)
+                nn.Linear(2 * width + columns, 4 * width), nn.GELU(), nn.Linear(4 * width, columns, bias=False)
             )
         nn.init.zeros_(self.network[-1].weight)
         self.network.to(table.device)
 
     @torch.no_grad()
     def sample(self, size: int) -> Batch:
-        """`size` sequences. Shapes: -> input_ids, attention_mask (size, longest) int64."""
-        candidates, logits = self._logits(size)
-        choice = torch.multinomial(logits.softmax(dim=-1).flatten(0, 1).cpu(), 1, generator=self.random)
-        ids = candidates[choice.to(candidates.device).view(size, -1)]
-        return self._finish(ids)
+        """`size` sequences of one length. Shapes: -> input_ids (size, L) int64, and what else the source gives."""
+        if not self.network[-1].weight.any():
+            return self._draw(size)
+        return self.soft_sample(size).batch
 
-    def soft_sample(self, size: int) -> tuple[Batch, Tensor, Tensor, Tensor]:
-        """`size` sequences with gradients: `one_hot` is exactly one-hot, its gradient that of the probabilities.
-
-        Shapes: -> batch; candidates (C,) int64; one_hot (size, longest, C) float32; entropy () float32, that of the
-        probabilities over log C, 0 to 1.
-        """
-        candidates, logits = self._logits(size)
+    def soft_sample(self, size: int) -> SoftBatch:
+        """`size` sequences with gradients, by Gumbel's trick, straight-through."""
+        batch = self._draw(size)
+        candidates, logits = self._logits(batch["input_ids"])
         uniform = torch.rand(logits.shape, generator=self.random).clamp_(min=1e-20).to(logits.device)
-        soft = (logits - torch.log(-torch.log(uniform))).softmax(dim=-1)  # Gumbel-softmax, straight-through
+        soft = (logits - torch.log(-torch.log(uniform))).softmax(dim=-1)
         hard = torch.zeros_like(soft).scatter_(-1, soft.argmax(dim=-1, keepdim=True), 1.0)
-        logs = logits.log_softmax(dim=-1)
-        entropy = -(logs.exp() * logs).sum(dim=-1).mean() / torch.log(torch.tensor(float(len(candidates))))
-        batch = self._finish(candidates[hard.argmax(dim=-1)])
-        return batch, candidates, hard + (soft - soft.detach()), entropy
+        written, chosen = batch["input_ids"], hard.argmax(dim=-1)
+        ids = torch.where(chosen > 0, candidates[chosen - 1], written)
+        choice = hard + (soft - soft.detach())
+        return SoftBatch({**batch, "input_ids": ids}, written, candidates, choice, self._entropy(logits))
 
-    def _logits(self, size: int) -> tuple[Tensor, Tensor]:
-        """Shapes: -> candidates (C,) int64; logits (size, longest, C) float32."""
-        drawn = torch.multinomial(self._prior.cpu(), self.candidates, replacement=True, generator=self.random)
+    def _draw(self, size: int) -> Batch:
+        length = self.form.draw_length(self.random)
+        drawn = self.source.draw(size, length - self.form.special, self.random)
+        batch = {name: tensor.to(self._table.device) for name, tensor in drawn.items()}
+        return {**batch, "input_ids": self.form.finish(batch["input_ids"])}
+
+    def _logits(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Shapes: ids (B, L) -> candidates (C,) int64; logits (B, L, 1 + C) float32, the first for keeping the token."""
+        drawn = torch.multinomial(self._prior, self.candidates, replacement=True, generator=self.random)
         candidates = drawn.to(self._table.device)
-        sequence = torch.randn(size, 1, self.width, generator=self.random).expand(-1, self.form.longest, -1)
-        token = torch.randn(size, self.form.longest, self.width, generator=self.random)
-        hidden = self.network(torch.cat([sequence, token], dim=-1).to(self._table.device))
-        return candidates, hidden @ (self._table[candidates].float() / self._spread).t()
+        size, length = ids.shape
+        sequence = torch.randn(size, 1, self.width, generator=self.random).expand(-1, length, -1)
+        token = torch.randn(size, length, self.width, generator=self.random)
+        noise = torch.cat([sequence, token], dim=-1).to(self._table.device)
+        hidden = self.network(torch.cat([noise, self._table[ids].float() / self._spread], dim=-1))
+        logits = hidden @ (self._table[candidates].float() / self._spread).t()
+        kept = torch.full_like(logits[..., :1], math.log(self.candidates) + _KEPT)
+        kept[:, : len(self.form.first)] = kept[:, length - len(self.form.last) :] = _ALWAYS
+        return candidates, torch.cat([kept, logits], dim=-1)
 
-    def _finish(self, ids: Tensor) -> Batch:
-        """Special tokens, lengths and padding."""
-        form, size = self.form, len(ids)
-        lengths = torch.randint(form.shortest, form.longest + 1, (size, 1), generator=self.random).to(ids.device)
-        position = torch.arange(form.longest, device=ids.device)
-        for offset, token in enumerate(form.first):
-            ids[:, offset] = token
-        for offset, token in enumerate(reversed(form.last), 1):
-            ids = torch.where(position == lengths - offset, token, ids)
-        inside = position < lengths
-        return {"input_ids": torch.where(inside, ids, form.padding), "attention_mask": inside.long()}
+    def _entropy(self, logits: Tensor) -> Tensor:
+        inner = logits[:, len(self.form.first) : logits.shape[1] - len(self.form.last)]
+        logs = inner.log_softmax(dim=-1)
+        start = torch.tensor([math.log(self.candidates) + _KEPT, *[0.0] * self.candidates]).softmax(dim=0)
+        return -(logs.exp() * logs).sum(dim=-1).mean() / -(start * start.log()).sum().to(logits.device)
 
     def get_extra_state(self) -> Tensor:
         """The state of the random numbers."""
@@ -152,19 +262,3 @@ class NoiseGenerator(nn.Module):
     def set_extra_state(self, state: Tensor) -> None:
         """Go on with these random numbers."""
         self.random.set_state(state)
-
-
-def soft_embeddings(embed: Callable[[Tensor], Tensor], batch: Batch, candidates: Tensor, one_hot: Tensor) -> Tensor:
-    """What a model reads of a soft sample: the chosen candidates' rows of its own table, with gradients to the choice.
-
-    Positions whose token the form set (special tokens, padding) are read as they are.
-
-    Args:
-        embed (`Callable`): the model's input embedding, (...) int64 -> (..., D).
-
-    Shapes: batch of (B, L); candidates (C,); one_hot (B, L, C) -> (B, L, D), in the embedding's dtype.
-    """
-    ids = batch["input_ids"]
-    chosen = candidates[one_hot.detach().argmax(dim=-1)] == ids
-    rows = embed(candidates)
-    return torch.where(chosen.unsqueeze(-1), one_hot.to(rows.dtype) @ rows, embed(ids))

@@ -20,7 +20,7 @@ from ..kinds import kind_of
 from ..layers import LowBitLayer
 from ..layers.common import SCALES
 from ..surgery import low_bit_layers
-from .generators import Batch, NoiseGenerator, soft_embeddings
+from .generators import Batch, Generator
 from .sharpness import Perturbation, SharpnessSettings
 
 
@@ -42,8 +42,9 @@ class MinimaxSettings:
         entropy (`float`): weight of the entropy of the generator's choices, which keeps its inputs diverse.
         output (`str`): D of the outputs: "kl" of the softmax over the last axis, "mse", or "none" for a model without head.
         output_weight, hidden_weight (`float`): D = output_weight * D(outputs) + hidden_weight * mean over the hidden
-            states h of |h_student - h_teacher|^2 / |h_teacher|^2.
+            states h and their positions of |h_student - h_teacher|^2 / |h_teacher|^2.
         sharpness (`SharpnessSettings`): rho = 0 is plain AdamW.
+        sharp_from (`float`): share of the steps that are made without SAM at first, 0 to 1.
         max_norm (`float`): gradients are clipped to this 2-norm.
         autocast (`torch.dtype`, *optional*): of the matmuls, such as bfloat16; weights and optimizer stay float32.
 
@@ -62,6 +63,7 @@ class MinimaxSettings:
     output_weight: float = 0.0
     hidden_weight: float = 1.0
     sharpness: SharpnessSettings = field(default_factory=lambda: SharpnessSettings(rho=0.0))
+    sharp_from: float = 0.0
     max_norm: float = 1.0
     autocast: torch.dtype | None = None
 
@@ -79,6 +81,8 @@ class MinimaxSettings:
             value = getattr(self, name)
             if not (isinstance(value, int | float) and 0.0 <= value < math.inf):
                 raise ValueError(f"{name}={value!r} is not allowed; use a number of at least 0")
+        if not (isinstance(self.sharp_from, int | float) and 0.0 <= self.sharp_from <= 1.0):
+            raise ValueError(f"sharp_from={self.sharp_from!r} is no share of the steps; use a number from 0 to 1")
         if self.output not in OUTPUTS:
             raise ValueError(f"output={self.output!r} is unknown; use one of {OUTPUTS}")
         if self.hidden_weight == 0.0 and (self.output_weight == 0.0 or self.output == "none"):
@@ -86,10 +90,12 @@ class MinimaxSettings:
 
 
 def discrepancy(teacher: Any, student: Any, batch: Batch, settings: MinimaxSettings) -> Tensor:
-    """D of two models' outputs on one batch; padded positions are left out.
+    """D of two models' outputs on one batch, the mean over its sequences.
 
     Args:
         teacher, student: what the models returned with `output_hidden_states=True`.
+        batch (`dict`): what they were called with; positions where "attention_mask" ("decoder_attention_mask" for what a
+            decoder gives) is 0 are left out.
 
     Shapes: -> () float32.
 
@@ -97,57 +103,81 @@ def discrepancy(teacher: Any, student: Any, batch: Batch, settings: MinimaxSetti
         ValueError: outputs count, and the model has none.
     """
     total = torch.zeros((), device=batch["input_ids"].device)
-    encoder = batch.get("attention_mask")
+    encoder, decoder = batch.get("attention_mask"), batch.get("decoder_attention_mask")
     if settings.output_weight and settings.output != "none":
         if getattr(student, "logits", None) is None:
             raise ValueError(
                 f"output_weight={settings.output_weight!r} needs a model that returns logits, and this one returns "
                 f"{type(student).__name__} without; use output_weight=0.0"
             )
-        mask = encoder if student.logits.dim() == 3 and "decoder_input_ids" not in batch else None
-        total = total + settings.output_weight * _output_discrepancy(teacher.logits, student.logits, mask, settings.output)
+        mask = decoder if "decoder_input_ids" in batch else encoder
+        error = _output_discrepancy(teacher.logits.float(), student.logits.float(), settings.output)
+        total = total + settings.output_weight * _mean(error, mask if error.dim() > 1 else None)
     if settings.hidden_weight:
-        pairs = []
-        for name, mask in (("hidden_states", encoder), ("encoder_hidden_states", encoder), ("decoder_hidden_states", None)):
-            states = getattr(student, name, None)
-            if states is not None:
-                pairs += [(t, s, mask) for t, s in zip(getattr(teacher, name), states, strict=True)]
-        errors = [_relative_error(*pair) for pair in pairs]
+        errors = []
+        for name, mask in (
+            ("hidden_states", encoder),
+            ("encoder_hidden_states", encoder),
+            ("decoder_hidden_states", decoder),
+        ):
+            if getattr(student, name, None) is not None:
+                pairs = zip(getattr(teacher, name), getattr(student, name), strict=True)
+                errors += [_mean(_relative_error(t.float(), s.float()), mask) for t, s in pairs]
         total = total + settings.hidden_weight * torch.stack(errors).mean()
     return total
 
 
-def _output_discrepancy(teacher: Tensor, student: Tensor, mask: Tensor | None, kind: str) -> Tensor:
-    teacher, student = teacher.float(), student.float()
+def _output_discrepancy(teacher: Tensor, student: Tensor, kind: str) -> Tensor:
+    """Shapes: (B, C) -> (B,); (B, L, C) -> (B, L)."""
     if kind == "mse":
-        error = (student - teacher).square().mean(dim=-1)
-    else:
-        log_t, log_s = teacher.log_softmax(dim=-1), student.log_softmax(dim=-1)
-        error = (log_t.exp() * (log_t - log_s)).sum(dim=-1)
-    if mask is None:
-        return error.mean()
-    return (error * mask).sum() / mask.sum()
+        return (student - teacher).square().mean(dim=-1)
+    log_t, log_s = teacher.log_softmax(dim=-1), student.log_softmax(dim=-1)
+    return (log_t.exp() * (log_t - log_s)).sum(dim=-1)
 
 
-def _relative_error(teacher: Tensor, student: Tensor, mask: Tensor | None) -> Tensor:
-    """|s - t|^2 / |t|^2. Shapes: (B, L, D), mask (B, L) or None -> ()."""
-    teacher = teacher.float()
-    error, size = (student.float() - teacher).square(), teacher.square()
-    if mask is not None:
-        error, size = error * mask.unsqueeze(-1), size * mask.unsqueeze(-1)
-    return error.sum() / size.sum().clamp(min=1e-12)
+def _relative_error(teacher: Tensor, student: Tensor) -> Tensor:
+    """|s - t|^2 / |t|^2, each position on its own. Shapes: (B, L, D) -> (B, L)."""
+    return (student - teacher).square().sum(dim=-1) / teacher.square().sum(dim=-1).clamp(min=1e-12)
+
+
+def _mean(error: Tensor, mask: Tensor | None) -> Tensor:
+    return error.mean() if mask is None else (error * mask).sum() / mask.sum()
+
+
+@dataclass
+class Execution:
+    """How the student is run: alone and at once, or in parts and on several processes, with the same result.
+
+    Every process draws the whole batch of a step and takes its own share.
+
+    Args:
+        student (`nn.Module`): what is called for gradients: the student itself, or what wraps it.
+        backward (`Callable`): computes the gradients of a loss.
+        parts (`int`): micro-batches that a process runs one after the other in a step.
+        rank, world (`int`): this process, of how many.
+        unsynced (`Callable`): makes a context in which `backward` does not exchange gradients.
+        average (`Callable`): replaces a tensor by its mean over all processes, in place.
+    """
+
+    student: nn.Module
+    backward: Callable[[Tensor], None] = Tensor.backward
+    parts: int = 1
+    rank: int = 0
+    world: int = 1
+    unsynced: Callable[[], Any] = nullcontext
+    average: Callable[[Tensor], Any] = lambda tensor: tensor
 
 
 class Minimax:
-    """The training of one student: `step` does one step of it, `state_dict` is all that a resumed one needs.
+    """The training of one student: `step` finds the gradients of one step, `update` follows them.
 
     Args:
         teacher (`nn.Module`): float; it is frozen and put in evaluation mode.
         student (`nn.Module`): fake-quantized; its float weights and step sizes are trained, without dropout.
-        generator (`NoiseGenerator`): makes the inputs.
+        generator (`Generator`): makes the inputs.
         settings (`MinimaxSettings`): how.
         embed (`Callable`): (model, ids) -> embeddings, as the model's own input table gives them.
-        complete (`Callable`): adds to a batch what the models need beside input ids and attention mask.
+        complete (`Callable`): adds to a batch what the models need beside input ids.
 
     Raises:
         ValueError: the student has no fake-quantized layer, or shares weights with the teacher.
@@ -157,7 +187,7 @@ class Minimax:
         self,
         teacher: nn.Module,
         student: nn.Module,
-        generator: NoiseGenerator,
+        generator: Generator,
         settings: MinimaxSettings,
         embed: Callable[[nn.Module, Tensor], Tensor],
         complete: Callable[[Batch], Batch] = lambda batch: batch,
@@ -165,26 +195,33 @@ class Minimax:
         layers = [m for _, m in low_bit_layers(student) if m.owner is m and type(m) is kind_of(m).fake]
         if not layers:
             raise ValueError("the student has no fake-quantized layer to train; call prepare(model, scheme) first")
+        if {id(p) for p in teacher.parameters()} & {id(p) for p in student.parameters()}:
+            raise ValueError("teacher and student share weights; make the student from copy.deepcopy(teacher)")
         self.teacher, self.student = teacher.eval().requires_grad_(False), student.eval()
         self.generator, self.settings = generator, settings
         self.embed, self.complete = embed, complete
-        if {id(p) for p in teacher.parameters()} & {id(p) for p in student.parameters()}:
-            raise ValueError("teacher and student share weights; make the student from copy.deepcopy(teacher)")
-        self.scales = [layer.weight_scale for layer in layers]
-        weights = _unfreeze(student, layers)
-        self.trained = [*weights, *self.scales]
-        self.optimizer = torch.optim.AdamW(
-            [
-                {"params": weights, "lr": settings.learning_rate},
-                {"params": self.scales, "lr": settings.scale_learning_rate},
-            ],
-            weight_decay=0.0,
-            fused=True,
-        )
+        self.execution = Execution(student)
+        self.scales = [p for m in layers for p in (m.weight_scale, m.input_scale) if p is not None]
+        self.weights = _unfreeze(student, layers, self.scales)
+        self.optimizer = torch.optim.AdamW(self.parameter_groups(), weight_decay=0.0, fused=True)
+        keep_positive(self.optimizer, self.scales)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._rate)
         self.ascent = torch.optim.Adam(generator.parameters(), settings.generator_learning_rate, maximize=True)
         self.perturbation = Perturbation(student, settings.sharpness)
         self.done = 0
+
+    @property
+    def trained(self) -> list[nn.Parameter]:
+        """Weights, then step sizes."""
+        return [*self.weights, *self.scales]
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """What an optimizer of the student is made of: the weights, and the step sizes with a rate of their own."""
+        settings = self.settings
+        return [
+            {"params": self.weights, "lr": settings.learning_rate},
+            {"params": self.scales, "lr": settings.scale_learning_rate},
+        ]
 
     def _rate(self, step: int) -> float:
         warm = max(1, self.settings.steps // 10)
@@ -193,63 +230,75 @@ class Minimax:
         return 0.5 * (1.0 + math.cos(math.pi * (step - warm) / max(1, self.settings.steps - warm)))
 
     def step(self) -> dict[str, float]:
-        """One step of the student and, when it is its turn, one of the generator before it.
+        """Find the student's gradients for one step; when it is its turn, the generator makes a step before.
 
         Returns:
-            `dict`: "loss", D at the weights; "sharp_loss", D at the perturbed weights, with rho > 0; "ascent", D on the
-            generator's inputs before its step, if it made one.
+            `dict`: "loss", D at the weights; "sharp_loss", D at the perturbed weights, where the step is one of SAM;
+            "ascent", D on the generator's inputs before its step, if it made one.
 
         Raises:
             FloatingPointError: D is NaN or infinite. Nothing was changed by this step.
         """
-        figures = {}
-        every = self.settings.generator_every
+        figures, settings, run = {}, self.settings, self.execution
+        every = settings.generator_every
         if every and self.done and self.done % every == 0:
             figures["ascent"] = self._ascend()
-        batch = self.complete(self.generator.sample(self.settings.batch_size))
+        drawn = self.generator.sample(settings.batch_size * run.parts * run.world)
+        batches = [self._share(drawn, part) for part in range(run.parts)]
         with torch.no_grad():
-            target = self._run(self.teacher, batch)
-        loss = self._descend(batch, target)
-        figures["loss"] = self._checked(loss)
-        if self.settings.sharpness.rho:
+            targets = [self._call(self.teacher, batch) for batch in batches]
+        figures["loss"] = self._descend(batches, targets)
+        if settings.sharpness.rho and self.done >= settings.sharp_from * settings.steps:
             self.perturbation.apply()
             try:
-                figures["sharp_loss"] = self._checked(self._descend(batch, target))
+                figures["sharp_loss"] = self._descend(batches, targets)
             finally:
                 self.perturbation.remove()
-        nn.utils.clip_grad_norm_(
-            [p for group in self.optimizer.param_groups for p in group["params"]], self.settings.max_norm
-        )
-        smallest = [scale.detach() * 0.5 for scale in self.scales]
-        self.optimizer.step()
-        with torch.no_grad():  # a step size never reaches zero or changes its sign
-            for scale, least in zip(self.scales, smallest, strict=True):
-                torch.maximum(scale, least, out=scale)
-        self.schedule.step()
         self.done += 1
         return figures
 
-    def _descend(self, batch: Batch, target: Any) -> Tensor:
-        self.optimizer.zero_grad()
-        loss = discrepancy(target, self._run(self.student, batch), batch, self.settings)
-        loss.backward()
-        return loss.detach()
+    def update(self) -> None:
+        """Follow the gradients: clip them, and let optimizer and schedule make their step."""
+        nn.utils.clip_grad_norm_(self.trained, self.settings.max_norm)
+        self.optimizer.step()
+        self.schedule.step()
+
+    def _share(self, batch: Batch, part: int) -> Batch:
+        """This process's rows of a micro-batch."""
+        start = (part * self.execution.world + self.execution.rank) * self.settings.batch_size
+        rows = slice(start, start + self.settings.batch_size)
+        return self.complete({name: tensor[rows] for name, tensor in batch.items()})
+
+    def _descend(self, batches: list[Batch], targets: list[Any]) -> float:
+        """The gradients of D at the weights as they are, of all micro-batches together."""
+        run, total = self.execution, 0.0
+        for p in self.trained:
+            p.grad = None
+        for i, (batch, target) in enumerate(zip(batches, targets, strict=True)):
+            with nullcontext() if i == len(batches) - 1 else run.unsynced():
+                loss = discrepancy(target, self._call(run.student, batch), batch, self.settings)
+                run.backward(loss / run.parts)
+            total = total + loss.detach() / run.parts
+        return self._checked(total)
 
     def _ascend(self) -> float:
-        batch, candidates, one_hot, entropy = self.generator.soft_sample(self.settings.batch_size)
-        batch = self.complete(batch)
+        run, size = self.execution, self.settings.batch_size
+        drawn = self.generator.soft_sample(size * run.world).part(slice(run.rank * size, (run.rank + 1) * size))
+        batch = self.complete(drawn.batch)
+        inputs = {name: value for name, value in batch.items() if name != "input_ids"}
         try:
             for p in self.trained:
                 p.requires_grad_(False)
             outputs = []
             for model in (self.teacher, self.student):
-                embedded = soft_embeddings(lambda ids, model=model: self.embed(model, ids), batch, candidates, one_hot)
-                inputs = {name: value for name, value in batch.items() if name != "input_ids"}
-                outputs.append(self._run(model, {**inputs, "inputs_embeds": embedded}))
+                embedded = drawn.embed(lambda ids, model=model: self.embed(model, ids))
+                outputs.append(self._call(model, {**inputs, "inputs_embeds": embedded}))
             loss = discrepancy(*outputs, batch, self.settings)
             value = self._checked(loss.detach())
             self.ascent.zero_grad()
-            (loss + self.settings.entropy * entropy).backward()
+            (loss + self.settings.entropy * drawn.entropy).backward()
+            for p in self.generator.parameters():
+                run.average(p.grad)
             nn.utils.clip_grad_norm_(self.generator.parameters(), self.settings.max_norm)
             self.ascent.step()
         finally:
@@ -257,16 +306,20 @@ class Minimax:
                 p.requires_grad_(True)
         return value
 
-    def _run(self, model: nn.Module, batch: Batch) -> Any:
+    def _call(self, model: nn.Module, batch: Batch) -> Any:
         dtype = self.settings.autocast
-        context = torch.autocast(next(model.parameters()).device.type, dtype) if dtype else nullcontext()
+        context = torch.autocast(self.weights[0].device.type, dtype) if dtype else nullcontext()
         with context:
             return model(**batch, output_hidden_states=True)
 
     def _checked(self, loss: Tensor) -> float:
+        """The mean loss of all processes."""
+        loss = loss.clone()
+        self.execution.average(loss)
         value = loss.item()
         if not math.isfinite(value):
-            self.optimizer.zero_grad()
+            for p in self.trained:
+                p.grad = None
             raise FloatingPointError(
                 f"the discrepancy became {value} at step {self.done + 1} of {self.settings.steps}; the weights are those "
                 f"of step {self.done}. Try a smaller learning_rate (now {self.settings.learning_rate})"
@@ -275,27 +328,46 @@ class Minimax:
 
     def state_dict(self) -> dict[str, Any]:
         """All that `load_state_dict` needs to go on as if nothing had happened: student, generator, optimizers."""
-        return {
-            "done": self.done,
-            "student": self.student.state_dict(),
-            "generator": self.generator.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "schedule": self.schedule.state_dict(),
-            "ascent": self.ascent.state_dict(),
-        }
+        own = {"student": self.student, "optimizer": self.optimizer, "schedule": self.schedule}
+        return {**self.alternation_state(), **{name: part.state_dict() for name, part in own.items()}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a state that `state_dict` gave."""
-        self.student.load_state_dict(state["student"])
-        for name in ("generator", "optimizer", "schedule", "ascent"):
+        self.load_alternation_state(state)
+        for name in ("student", "optimizer", "schedule"):
             getattr(self, name).load_state_dict(state[name])
+
+    def alternation_state(self) -> dict[str, Any]:
+        """What is left for one who keeps the student, its optimizer and its schedule himself, as a Trainer does."""
+        return {"done": self.done, "generator": self.generator.state_dict(), "ascent": self.ascent.state_dict()}
+
+    def load_alternation_state(self, state: dict[str, Any]) -> None:
+        """Go on from what `alternation_state` gave."""
+        self.generator.load_state_dict(state["generator"])
+        self.ascent.load_state_dict(state["ascent"])
         self.done = state["done"]
 
 
-def _unfreeze(student: nn.Module, layers: list[LowBitLayer]) -> list[nn.Parameter]:
-    """Have the float weights and the step sizes of the weights trained; gives the former."""
+def keep_positive(optimizer: torch.optim.Optimizer, scales: list[nn.Parameter]) -> None:
+    """No step of an optimizer more than halves a step size, so that none reaches zero or changes its sign."""
+    least: list[Tensor] = []
+
+    def before(*_: Any) -> None:
+        least[:] = [scale.detach() * 0.5 for scale in scales]
+
+    def after(*_: Any) -> None:
+        with torch.no_grad():
+            for scale, bound in zip(scales, least, strict=True):
+                torch.maximum(scale, bound, out=scale)
+
+    optimizer.register_step_pre_hook(before)
+    optimizer.register_step_post_hook(after)
+
+
+def _unfreeze(student: nn.Module, layers: list[LowBitLayer], scales: list[nn.Parameter]) -> list[nn.Parameter]:
+    """Have the float weights and the step sizes trained; gives the former."""
     kept = {id(layer._parameters[name]) for layer in layers for name in SCALES if layer._parameters.get(name) is not None}
     weights = [p for p in student.parameters() if p.is_floating_point() and id(p) not in kept]
-    for p in (*weights, *(layer.weight_scale for layer in layers)):
+    for p in (*weights, *scales):
         p.requires_grad_(True)
     return weights

@@ -59,6 +59,7 @@ class LowBitConfig(QuantizationConfigMixin):
 
     algorithm = "none"
     trains_on_load = False
+    range_methods = RANGE_METHODS
 
     def __init__(
         self,
@@ -118,7 +119,7 @@ class LowBitConfig(QuantizationConfigMixin):
     def _check_values(self) -> None:
         for name, allowed in (
             ("granularity", ("row", "tensor", "group")),
-            ("ranges", RANGE_METHODS),
+            ("ranges", self.range_methods),
             ("activations", ("dynamic", "static")),
             ("symmetric", (True, False)),
             ("packed", (True, False)),

@@ -1,6 +1,7 @@
 """Calibration data: from what a user has (texts, dicts, a Dataset, a file), or from nothing, to batches."""
 
 import hashlib
+import inspect
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -125,13 +126,13 @@ def text_batches(model: PreTrainedModel, data: Any, limit: int) -> Iterator[Batc
             pairs,
             padding=True,
             truncation=True,
-            max_length=_fitting(model, _MAX_LENGTH),
+            max_length=fitting_length(model, _MAX_LENGTH),
             return_tensors="pt",
         )
         yield complete_batch(model, dict(batch))
 
 
-def _fitting(model: PreTrainedModel, length: int) -> int:
+def fitting_length(model: PreTrainedModel, length: int) -> int:
     """A sequence length that the model has positions for; two are spared, because some count from the padding id on."""
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return length if positions is None else min(length, positions - 2)
@@ -148,13 +149,13 @@ def sampled_batches(model: PreTrainedModel, count: int, seed: int) -> Iterator[B
         tokenizer = find_tokenizer(model)
     except ValueError:
         tokenizer = None
-    allowed = _plain_tokens(model, tokenizer)
-    length, end = _fitting(model, _SAMPLED_LENGTH), next(iter(_token_ids(model, "eos_token_id")), None)
+    allowed = plain_tokens(model, tokenizer)
+    length, end = fitting_length(model, _SAMPLED_LENGTH), next(iter(_token_ids(model, "eos_token_id")), None)
     for start in range(0, count, _BATCH_SIZE):
         size = min(_BATCH_SIZE, count - start)
         ids = allowed[torch.randint(len(allowed), (size, length), generator=generator)]
         if model.can_generate() and not model.config.is_encoder_decoder:
-            ids = _continue(model, ids[:, :1], length, seed + start)
+            ids = continue_sequences(model, ids[:, :1], length, seed + start)
         elif tokenizer is not None:
             ids = torch.tensor([_with_special_tokens(tokenizer, row) for row in ids.tolist()])
         elif end is not None:
@@ -182,7 +183,8 @@ def special_tokens(
     return first, last, sorted(token for token in special if token < size), padding
 
 
-def _plain_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> Tensor:
+def plain_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> Tensor:
+    """The ids of all tokens that are not special, (n,) int64."""
     size = model.get_input_embeddings().weight.shape[0]
     special = set() if tokenizer is None else set(tokenizer.all_special_ids)
     if tokenizer is None:
@@ -203,7 +205,7 @@ def _with_special_tokens(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> 
     return [*first, *ids[: len(ids) - len(first) - len(last)], *last]
 
 
-def _continue(model: PreTrainedModel, ids: Tensor, length: int, seed: int) -> Tensor:
+def continue_sequences(model: PreTrainedModel, ids: Tensor, length: int, seed: int) -> Tensor:
     """Extend sequences with samples from the model's own distribution; the global random state is left alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -229,3 +231,9 @@ def complete_batch(model: PreTrainedModel, batch: Batch) -> Batch:
         first = torch.full_like(ids[:, :1], 0 if start is None else start)
         batch["decoder_input_ids"] = torch.cat([first, ids[:, :-1]], dim=1)
     return batch
+
+
+def uncached_batch(model: PreTrainedModel, batch: Batch) -> dict[str, Any]:
+    """`complete_batch` for a model that shall keep no cache of keys and values: parts of it may run more than once."""
+    cached = "use_cache" in inspect.signature(type(model).forward).parameters
+    return {**complete_batch(model, batch), **({"use_cache": False} if cached else {})}

@@ -30,7 +30,7 @@ from .checkpoint import CheckpointError, header, verify_files
 from .configs import LowBitConfig, body_name
 from .recipe import calibrate_on_load, write_recipe
 from .saving import attach_saving, detach_saving
-from .zsaq import train_on_load
+from .zero_shot import train_on_load
 
 
 logger = logging.getLogger(__name__)

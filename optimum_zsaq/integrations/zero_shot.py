@@ -1,0 +1,294 @@
+"""Zero-shot training of transformers' models (ZSAQ): the parts that `from_pretrained` and `ZSAQTrainer` put together."""
+
+import copy
+import logging
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.utils.logging import tqdm
+
+from ..algorithms.calibration import float_inputs
+from ..algorithms.compensation import compensate
+from ..algorithms.generators import Batch, Generator, PriorSource, SequenceForm, Source, token_prior
+from ..algorithms.minimax import Minimax, MinimaxSettings, discrepancy
+from ..surgery import find_layer_ranges, low_bit_layers, pack, prepare
+from .data import fitting_length, special_tokens, uncached_batch
+from .recipe import calibrate_on_load
+from .writing import answer_inputs, tokenizer_or_none, write_continuations, write_texts
+from .zsaq import SHORTEST, ZSAQConfig
+
+
+logger = logging.getLogger(__name__)
+
+_LONGEST_WRITTEN, _LONGEST = 128, 32  # tokens of a sequence, of decoders and of other models: our choice
+_START_BATCH = 64  # sequences run together when errors are compensated
+_AUTO_RANGES = ("mse", "lsq")
+_HELD_OUT = 8  # batches that D is measured on, before and after
+_SAVED_EVERY = 25  # steps
+
+
+def writes_text(model: PreTrainedModel) -> bool:
+    """Whether a model is a decoder that can write its own sequences."""
+    return model.can_generate() and not model.config.is_encoder_decoder
+
+
+def make_generator(teacher: PreTrainedModel, config: ZSAQConfig) -> Generator:
+    """The generator that a config asks for; what has to be written is written now, with a progress bar.
+
+    Raises:
+        ValueError: "teacher" for a model that writes nothing; see `writing.py`.
+    """
+    first, last, special, _ = special_tokens(teacher, tokenizer_or_none(teacher))
+    decoder = writes_text(teacher)
+    longest = config.sequence_length or fitting_length(teacher, _LONGEST_WRITTEN if decoder else _LONGEST)
+    shortest = longest if decoder else min(longest, max(SHORTEST, len(first) + len(last) + 1))
+    form = SequenceForm(first, last, shortest, longest)
+    table = teacher.get_input_embeddings().weight
+    prior = token_prior(table, special)
+    with _progress(config.written_sequences, "Writing sequences", "sequence") as watch:
+        source = _source(teacher, config, form, prior, watch)
+    return Generator(source, table, prior, form, seed=config.seed)
+
+
+def _source(
+    teacher: PreTrainedModel, config: ZSAQConfig, form: SequenceForm, prior: Tensor, watch: Callable[[int], Any]
+) -> Source:
+    name, count, seed = config.generator, config.written_sequences, config.seed
+    own = teacher.can_generate()
+    if name == "noise" or (name == "auto" and not own):
+        return PriorSource(prior)
+    if isinstance(name, Source):
+        return name
+    if name not in ("auto", "teacher"):
+        return write_texts(name, teacher, form, count, seed, watch)
+    if not own:
+        raise ValueError(
+            f"generator='teacher' needs a model that writes, and this is a {type(teacher).__name__}; "
+            "use generator='noise' or a causal language model"
+        )
+    if teacher.config.is_encoder_decoder:
+        return answer_inputs(teacher, prior, form, count, seed, watch)
+    return write_continuations(teacher, form, count, seed, watch)
+
+
+def make_minimax(
+    teacher: PreTrainedModel, student: PreTrainedModel, generator: Generator, settings: MinimaxSettings
+) -> Minimax:
+    """The training of a transformers' model: D of its kind of output, its own embeddings, its decoder's inputs."""
+    settings = replace(settings, output="mse" if _is_regression(student) else "kl")
+    return Minimax(teacher, student, generator, settings, _embed, lambda batch: uncached_batch(student, batch))
+
+
+def autocast_dtype(name: str, device: torch.device) -> torch.dtype | None:
+    """The dtype of matmuls that `ZSAQConfig(autocast=...)` means on a device; None: that of the weights."""
+    if name == "auto":
+        fast = torch.cpu._is_avx512_bf16_supported() if device.type == "cpu" else torch.cuda.is_bf16_supported()
+        name = "bfloat16" if fast else "float32"
+    return torch.bfloat16 if name == "bfloat16" else None
+
+
+@torch.enable_grad()
+def train_on_load(model: PreTrainedModel, config: ZSAQConfig) -> dict[str, Any]:
+    """Make a float model that was just loaded into a trained low-bit one, in place.
+
+    Returns:
+        `dict`: what the data was (kind, count, seed), how long it took, and what it won: see `measure`.
+
+    Raises:
+        ValueError: weights that were not in the checkpoint: an untrained head has no answers to learn.
+        FloatingPointError: see `Minimax.step`.
+    """
+    _check_all_read(model)
+    started, packed = time.perf_counter(), config.packed  # `prepare` notes in the config what the model is now
+    dtypes = {name: p.dtype for name, p in model.named_parameters()}
+    run = start_run(model, config)
+    state = TrainingState(config, run)
+    held_out = [run.complete(run.generator.sample(config.batch_size)) for _ in range(_HELD_OUT)]
+    won = state.load() or {"rounded": measure(run, held_out)}
+    if not run.done and config.start == "compensated":
+        compensate_start(run, config)
+        won["compensated"] = measure(run, held_out)
+    with tqdm(total=config.steps, initial=run.done, desc="Training without data", unit="step", leave=False) as bar:
+        while run.done < config.steps:
+            loss = run.step()["loss"]
+            run.update()
+            bar.update()
+            bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
+            if run.done % _SAVED_EVERY == 0:
+                state.save(won)
+    won["trained"] = measure(run, held_out)
+    state.remove()
+    model.zero_grad(set_to_none=True)
+    if packed:
+        pack(model)
+    for name, p in model.named_parameters():
+        if p.is_floating_point() and name in dtypes and not name.endswith("_scale"):
+            p.data = p.data.to(dtypes[name])
+    count, seconds = config.steps * config.batch_size, time.perf_counter() - started
+    return {"kind": "generated token sequences", "count": count, "seed": config.seed, "seconds": round(seconds), "won": won}
+
+
+def start_run(model: PreTrainedModel, config: ZSAQConfig) -> Minimax:
+    """Teacher, generator and training of a float model, which becomes the student, rounded, in place."""
+    for p in model.parameters():
+        p.data = p.data.float()
+    teacher = copy.deepcopy(model)
+    prepare(model, config.scheme(), _AUTO_RANGES[0] if config.ranges == "auto" else config.ranges)
+    generator = make_generator(teacher, config)
+    settings = replace(config.settings(), autocast=autocast_dtype(config.autocast, model.device))
+    run = make_minimax(teacher, model, generator, settings)
+    if config.ranges == "auto":
+        config.ranges = _choose_ranges(run, config)
+    calibrate_on_load(model, config)
+    return run
+
+
+def _choose_ranges(run: Minimax, config: ZSAQConfig) -> str:
+    """Find the ranges of all layers, in place, by the method that leaves D smaller on generated inputs; gives its name."""
+    layers = {name: layer for name, layer in low_bit_layers(run.student) if layer.owner is layer}
+    batches = [run.complete(run.generator.sample(config.batch_size)) for _ in range(_HELD_OUT)]
+    found = {}
+    for method in _AUTO_RANGES:
+        find_layer_ranges(layers, method)
+        with float_inputs(run.student) if config.activations == "static" else nullcontext():
+            found[method] = measure(run, batches)["discrepancy"]
+    best = min(found, key=found.get)
+    find_layer_ranges(layers, best)
+    return best
+
+
+def compensate_start(run: Minimax, config: ZSAQConfig) -> None:
+    """Have the student start from codes that make up for each other's errors, in place; with a progress bar."""
+    size = min(_START_BATCH, config.start_sequences)
+    batches = [run.complete(run.generator.sample(size)) for _ in range(-(-config.start_sequences // size))]
+    with _progress(100, "Compensating errors", "%") as watch:
+        seen = 0
+
+        def report(_: str, share: float) -> None:
+            nonlocal seen
+            watch(int(100 * share) - seen)
+            seen = int(100 * share)
+
+        compensate(run.teacher, run.student, batches, watch=report)
+
+
+@torch.no_grad()
+def measure(run: Minimax, batches: list[Batch]) -> dict[str, float]:
+    """How far the student is from its teacher on some batches.
+
+    Returns:
+        `dict`: "discrepancy", D; where the model answers by classes or tokens also "agreement", the share of equal ones.
+    """
+    total, same, count = 0.0, 0, 0
+    for batch in batches:
+        outputs = [model(**batch, output_hidden_states=True) for model in (run.teacher, run.student)]
+        total += discrepancy(*outputs, batch, run.settings).item() / len(batches)
+        if run.settings.output == "kl" and getattr(outputs[1], "logits", None) is not None:
+            teacher, student = (output.logits.argmax(dim=-1) for output in outputs)
+            same, count = same + (teacher == student).sum().item(), count + teacher.numel()
+    return {"discrepancy": total, **({"agreement": same / count} if count else {})}
+
+
+def won_lines(data: dict[str, Any]) -> list[str]:
+    """What a finished run tells its user, three lines, from what `train_on_load` returned."""
+    won = data["won"]
+
+    def series(figure: str, form: Callable[[float], str]) -> str:
+        return ", ".join(f"{form(found[figure])} {stage}" for stage, found in won.items())
+
+    removed = 1.0 - won["trained"]["discrepancy"] / won["rounded"]["discrepancy"]
+    lines = [
+        f"distance from the float model: {series('discrepancy', lambda d: f'{d:.4f}')} ({100 * removed:.0f} % removed)",
+        f"{data['count']:,} generated sequences, {data['seconds']} s; both figures on held-out generated inputs",
+    ]
+    if "agreement" in won["trained"]:
+        lines.insert(1, f"answers like the float model's: {series('agreement', lambda a: f'{100 * a:.1f} %')}")
+    return lines
+
+
+class TrainingState:
+    """The file that a run is kept in while it trains, if its config names one; written beside itself, then renamed.
+
+    Args:
+        config (`ZSAQConfig`): what is run; its `state` names the file.
+        run (`Minimax`): the training.
+    """
+
+    def __init__(self, config: ZSAQConfig, run: Minimax):
+        self.path, self.run = config.state and Path(config.state), run
+        self._of = {"config": repr(sorted(config.to_dict().items(), key=str)), "teacher": _checksum(run.teacher)}
+
+    def load(self) -> dict[str, Any] | None:
+        """Go on from the file, if there is one; gives what `save` was given.
+
+        Raises:
+            ValueError: it is no such file, is damaged, or belongs to another model or to other settings.
+        """
+        if self.path is None or not self.path.exists():
+            return None
+        try:
+            state = torch.load(self.path, weights_only=True)
+            of = state["of"]
+        except Exception as error:  # whatever unpickling a damaged file raises
+            raise ValueError(
+                f"{self.path} is no state of a training, or is damaged; delete it, or name another file"
+            ) from error
+        if of != self._of:
+            what = "model" if of.get("teacher") != self._of["teacher"] else "settings"
+            raise ValueError(f"{self.path} is the state of a training with another {what}; delete it, or name another file")
+        self.run.load_state_dict(state["run"])
+        logger.warning("Going on from step %d of %d, kept in %s", self.run.done, self.run.settings.steps, self.path)
+        return state["won"]
+
+    def save(self, won: dict[str, Any]) -> None:
+        """Keep the training as it is now, and what was measured before it."""
+        if self.path is None:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        beside = self.path.with_name(f".{self.path.name}.part")
+        torch.save({"of": self._of, "won": won, "run": self.run.state_dict()}, beside)
+        beside.replace(self.path)
+
+    def remove(self) -> None:
+        """The training is done."""
+        if self.path is not None:
+            self.path.unlink(missing_ok=True)
+
+
+def _checksum(model: nn.Module) -> int:
+    found = 0
+    for p in model.parameters():
+        found = zlib.crc32(p.detach().cpu().contiguous().view(torch.uint8).numpy(), found)
+    return found
+
+
+@contextmanager
+def _progress(total: int, title: str, unit: str) -> Iterator[Callable[[int], Any]]:
+    with tqdm(total=total, desc=title, unit=unit, leave=False) as bar:
+        yield bar.update
+
+
+def _check_all_read(model: PreTrainedModel) -> None:
+    new = [name for name, p in model.named_parameters() if not getattr(p, "_is_hf_initialized", False)]
+    if new:
+        raise ValueError(
+            f"the checkpoint has no {new[:3]}: ZSAQ trains against the float model's answers, which an untrained head does "
+            "not have; fine-tune the float model first, or load it without that head (AutoModel)"
+        )
+
+
+def _is_regression(model: PreTrainedModel) -> bool:
+    one = type(model).__name__.endswith("SequenceClassification") and model.config.num_labels == 1
+    return one or model.config.problem_type == "regression"
+
+
+def _embed(model: nn.Module, ids: Tensor) -> Tensor:
+    return model.get_input_embeddings()(ids)
