@@ -27,13 +27,17 @@ class Command(BaseOptimumCLICommand):
             else:
                 self.show(result)
         except KeyboardInterrupt:
-            print("interrupted; nothing was written", file=sys.stderr)
+            print(f"interrupted; {self.left(self.args)}", file=sys.stderr)
             sys.exit(130)
         except (ValueError, TypeError, OSError, RuntimeError, ImportError, KeyError) as error:
             if self.args.debug:
                 raise
             print(f"error: {_message(error)}", file=sys.stderr)
             sys.exit(1)
+
+    def left(self, args: Namespace) -> str:
+        """What an interrupted command leaves behind, for people."""
+        return "nothing was written"
 
     @abstractmethod
     def execute(self, args: Namespace) -> dict[str, Any]:

@@ -11,13 +11,24 @@ from .common import Command, add_common_arguments, size_text
 
 
 ALGORITHMS = ("prequant", "zsaq")
-_TRAINING = ("steps", "batch_size", "learning_rate", "rho", "generator_every")  # fields that only zsaq has
+_TRAINING = (  # fields that only zsaq has
+    "steps",
+    "batch_size",
+    "sequence_length",
+    "learning_rate",
+    "rho",
+    "generator",
+    "generator_every",
+    "start",
+    "state",
+)
 
 _EXAMPLES = """examples:
   optimum-cli zsaq quantize --model bert-base-uncased --output out --weight-bits 4 --embedding-bits 4
   optimum-cli zsaq quantize --model ./my-model --output out --weight-bits 3 --granularity group --group-size 64
   optimum-cli zsaq quantize --model ./my-model --output out --activations static --calibration-data texts.txt
-  optimum-cli zsaq quantize --model ./my-model --output out --algorithm zsaq --weight-bits 2 --steps 300
+  optimum-cli zsaq quantize --model ./my-model --output out --algorithm zsaq --weight-bits 2 --dry-run
+  optimum-cli zsaq quantize --model ./my-model --output out --algorithm zsaq --weight-bits 2 --generator facebook/opt-350m
 """
 
 
@@ -50,7 +61,9 @@ class QuantizeCommand(Command):
         parser.add_argument("--granularity", default="row", help="row, tensor or group (default: row)")
         parser.add_argument("--group-size", type=int, help="weights that share a scale, with --granularity group")
         parser.add_argument("--asymmetric", action="store_true", help="weights with a zero point")
-        parser.add_argument("--ranges", default="mse", help="mse, minmax, lsq or, at 2 bits, ternary (default: mse)")
+        parser.add_argument(
+            "--ranges", help="mse, minmax, lsq; ternary at 2 bits; auto for zsaq (default: mse, zsaq: auto)"
+        )
         parser.add_argument("--outliers", type=float, help="share of each matrix kept as float residuals, e.g. 0.005")
         parser.add_argument("--activations", default="dynamic", help="dynamic or static (default: dynamic)")
         parser.add_argument("--calibration-data", help="file of texts for static ranges (default: sampled token sequences)")
@@ -58,9 +71,16 @@ class QuantizeCommand(Command):
         parser.add_argument("--seed", type=int, default=0, help="of sampled or generated token sequences (default: 0)")
         parser.add_argument("--steps", type=int, help="zsaq: training steps (default: 300)")
         parser.add_argument("--batch-size", type=int, help="zsaq: sequences a step (default: 32)")
-        parser.add_argument("--learning-rate", type=float, help="zsaq: of the weights (default: 3e-4)")
+        parser.add_argument("--sequence-length", type=int, help="zsaq: tokens of the longest (default: 128 or 32)")
+        parser.add_argument("--learning-rate", type=float, help="zsaq: of the weights (default: 1e-4)")
         parser.add_argument("--rho", type=float, help="zsaq: radius of SAM, 0 for none (default: 0)")
+        parser.add_argument("--generator", help="zsaq: noise, teacher, or a causal language model (default: auto)")
         parser.add_argument("--generator-every", type=int, help="zsaq: steps for one ascent, 0 for none (default: 0)")
+        parser.add_argument("--start", help="zsaq: compensated or rounding (default: compensated)")
+        parser.add_argument(
+            "--state", metavar="FILE", help="zsaq: keep the training here; the same command goes on from it"
+        )
+        parser.add_argument("--dry-run", action="store_true", help="zsaq: say what it would take, write nothing")
         parser.add_argument(
             "--modules-to-not-convert",
             nargs="+",
@@ -76,6 +96,8 @@ class QuantizeCommand(Command):
         """Quantize, save beside the output folder, and rename."""
         _check_output(args.output)
         config = _quantization_config(args)
+        if args.dry_run:
+            return _plan(args, config)
         start = time.perf_counter()
         model = _load(args, config)
         args.output.parent.mkdir(parents=True, exist_ok=True)
@@ -90,7 +112,10 @@ class QuantizeCommand(Command):
         return _result(args, model, has_tokenizer, time.perf_counter() - start)
 
     def show(self, result: dict[str, Any]) -> None:
-        """One line a fact, then what to type next."""
+        """One line a fact, what to type next, and what training won."""
+        if "plan" in result:
+            _show_plan(result["plan"])
+            return
         sizes = result["bytes"]
         print(f"{result['layers']} layers in low bits, {result['seconds']:.1f} s")
         print(f"on disk {size_text(sizes['on_disk'])}, as float16 {size_text(sizes['as_float16'])}")
@@ -99,6 +124,14 @@ class QuantizeCommand(Command):
         if not result["tokenizer"]:
             print("no tokenizer was found beside the model, so none was saved")
         print(f"saved to {result['output']}; look into it: optimum-cli zsaq inspect {result['output']}")
+        for line in result["won"]:
+            print(line)
+
+    def left(self, args: Namespace) -> str:
+        """What an interrupted command leaves behind, for people."""
+        if args.state is None or not Path(args.state).exists():
+            return super().left(args)
+        return f"the training is kept in {args.state}, run the same command again to go on"
 
 
 def _check_output(output: Path) -> None:
@@ -123,7 +156,7 @@ def _quantization_config(args: Namespace) -> Any:
         granularity=args.granularity,
         group_size=args.group_size,
         symmetric=not args.asymmetric,
-        ranges=args.ranges,
+        **({} if args.ranges is None else {"ranges": args.ranges}),
         activations=args.activations,
         modules_to_not_convert=args.modules_to_not_convert,
         outliers=args.outliers,
@@ -131,6 +164,24 @@ def _quantization_config(args: Namespace) -> Any:
         calibration_samples=args.calibration_samples,
         seed=args.seed,
     )
+
+
+def _plan(args: Namespace, config: Any) -> dict[str, Any]:
+    from ..integrations.plan import plan_training
+
+    if args.algorithm != "zsaq":
+        raise ValueError(f"--dry-run is for training and --algorithm {args.algorithm} does none; add --algorithm zsaq")
+    return {"plan": plan_training(_load(args, None), config)}
+
+
+def _show_plan(plan: dict[str, Any]) -> None:
+    seconds = plan["seconds"]
+    written = f"write {plan['sequences']:,} sequences" if plan["sequences"] else "write nothing"
+    print(f"generator {plan['generator']}: {written}, {seconds['writing']:.0f} s")
+    print(f"start {plan['start']}: {seconds['compensating']:.0f} s")
+    print(f"training {plan['steps']:,} steps: {seconds['training']:.0f} s")
+    print(f"together {seconds['all'] / 60:.1f} min on this machine, peak memory {size_text(plan['peak_bytes'])}")
+    print("nothing was written; leave out --dry-run to do it")
 
 
 def _load(args: Namespace, config: Any) -> Any:
@@ -141,13 +192,13 @@ def _load(args: Namespace, config: Any) -> Any:
     stored = load_config(args.model)
     if getattr(stored, "quantization_config", None) is not None:
         raise ValueError(f"{args.model} is quantized already; give --model the float model it was made from")
-    options = {}
+    options = {} if config is None else {"quantization_config": config}
     if args.dtype is not None:
         dtypes = ("float32", "bfloat16", "float16")
         if args.dtype not in dtypes:
             raise ValueError(f"--dtype {args.dtype} is unknown; use one of {dtypes}")
         options["dtype"] = getattr(torch, args.dtype)
-    return model_class(stored, args.task).from_pretrained(args.model, quantization_config=config, **options)
+    return model_class(stored, args.task).from_pretrained(args.model, **options)
 
 
 def _save_tokenizer(model: str, folder: Path) -> bool:
@@ -162,10 +213,11 @@ def _save_tokenizer(model: str, folder: Path) -> bool:
 
 
 def _result(args: Namespace, model: Any, has_tokenizer: bool, seconds: float) -> dict[str, Any]:
+    from ..integrations.zero_shot import won_lines
     from ..size import measure_size
     from ..surgery import low_bit_layers
 
-    size = measure_size(model)
+    size, data = measure_size(model), model.config.quantization_config.recipe["calibration"] or {}
     on_disk = sum(file.stat().st_size for file in args.output.glob("*.safetensors"))
     return {
         "output": str(args.output),
@@ -174,5 +226,6 @@ def _result(args: Namespace, model: Any, has_tokenizer: bool, seconds: float) ->
         "float_layers": model.config.quantization_config.modules["float"],
         "tokenizer": has_tokenizer,
         "bytes": {**size.bytes, "on_disk": on_disk, "as_float16": 2 * size.parameters},
+        "won": won_lines(data) if "won" in data else [],
         "seconds": seconds,
     }

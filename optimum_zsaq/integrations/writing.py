@@ -1,5 +1,6 @@
 """Sequences that a language model writes for zero-shot training, in the vocabulary of the model that is to be trained."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,17 @@ from .tasks import load_tokenizer
 Watch = Callable[[int], Any]
 _WRITTEN_TOGETHER = 64  # sequences
 _MORE = 1.25  # tokens of the generator for a token of the teacher, when their vocabularies differ
+_READERS = ("MaskedLM", "Classification", "QuestionAnswering")  # transformers loads some of these as if they wrote
+_OWN_DISTRIBUTION = {  # whatever a model's generation_config says
+    "do_sample": True,
+    "num_beams": 1,
+    "temperature": 1.0,
+    "top_k": 0,
+    "top_p": 1.0,
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "min_length": 0,
+}
 _LENGTHS = 8  # of the inputs of an encoder-decoder model, between the shortest and the longest
 
 
@@ -125,6 +137,12 @@ def load_generator(generator: PreTrainedModel | str | Path) -> PreTrainedModel:
             f"generator={str(generator)!r} is no causal language model: it has no weights for "
             f"{sorted(info['missing_keys'])[:3]}; give one, or use 'noise'"
         )
+    readers = [name for name in model.config.architectures or [] if name.endswith(_READERS)]
+    if readers:
+        raise ValueError(
+            f"generator={str(generator)!r} holds a {readers[0]}, which writes no text; give a causal language model, "
+            "or use 'noise'"
+        )
     return model.eval()
 
 
@@ -167,7 +185,7 @@ def _rows(texts: list[list[int]], width: int) -> list[list[int]]:
 def _answers(teacher: PreTrainedModel, ids: Tensor, longest: int, seed: int, watch: Watch) -> Tensor:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        answers = teacher.generate(ids.to(teacher.device), do_sample=True, top_k=0, top_p=1.0, max_new_tokens=longest)
+        answers = teacher.generate(ids.to(teacher.device), max_new_tokens=longest, **_OWN_DISTRIBUTION)
     watch(len(ids))
     return answers.cpu()
 
@@ -181,15 +199,14 @@ def _until_end(teacher: PreTrainedModel, answers: Tensor) -> Tensor:
 
 
 def describe_generator(generator: Any) -> str:
-    """The name of a generator, as a recipe stores it."""
+    """The name of a generator, as a recipe stores it: a Hub id, of a path the last folder, of a `Source` its class."""
     if isinstance(generator, PreTrainedModel):
-        return (
-            describe_generator(generator.config.name_or_path) if generator.config.name_or_path else type(generator).__name__
-        )
+        generator = generator.config.name_or_path or type(generator).__name__
     if isinstance(generator, Source):
         return type(generator).__name__
     path = Path(str(generator))
-    return path.resolve().name if path.is_dir() else str(generator)
+    hub_id = not path.is_dir() and re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", str(generator))
+    return str(generator) if hub_id else path.resolve().name
 
 
 def tokenizer_or_none(model: PreTrainedModel) -> PreTrainedTokenizerBase | None:

@@ -242,8 +242,8 @@ class TrainingState:
                 f"{self.path} is no state of a training, or is damaged; delete it, or name another file"
             ) from error
         if of != self._of:
-            what = "model" if of.get("teacher") != self._of["teacher"] else "settings"
-            raise ValueError(f"{self.path} is the state of a training with another {what}; delete it, or name another file")
+            what = "another model" if of.get("teacher") != self._of["teacher"] else "other settings"
+            raise ValueError(f"{self.path} is the state of a training with {what}; delete it, or name another file")
         self.run.load_state_dict(state["run"])
         logger.warning("Going on from step %d of %d, kept in %s", self.run.done, self.run.settings.steps, self.path)
         return state["won"]

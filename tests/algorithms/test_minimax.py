@@ -7,9 +7,9 @@ import torch
 from tiny_models import VOCABULARY, make
 from torch import nn
 
-from optimum_zsaq import PreQuantConfig, pack, prepare
-from optimum_zsaq.algorithms.generators import NoiseGenerator, SequenceForm, token_prior
-from optimum_zsaq.algorithms.minimax import Minimax, MinimaxSettings, discrepancy
+from optimum_zsaq import PreQuantConfig, calibrate, pack, prepare
+from optimum_zsaq.algorithms.generators import Generator, PriorSource, SequenceForm, token_prior
+from optimum_zsaq.algorithms.minimax import Execution, Minimax, MinimaxSettings, discrepancy
 from optimum_zsaq.algorithms.sharpness import SharpnessSettings
 from optimum_zsaq.surgery import low_bit_layers
 
@@ -27,7 +27,8 @@ def training(name: str = "bert-cls", bits: int = 2, seed: int = 0, **settings) -
             p.data *= GAIN.get(name, 6)
     student = prepare(copy.deepcopy(teacher), PreQuantConfig(weight_bits=bits, embedding_bits=4).scheme())
     table = teacher.get_input_embeddings().weight
-    generator = NoiseGenerator(table, token_prior(table, [0, 1, 2], 0.0), FORM, candidates=64, width=8, seed=seed)
+    prior = token_prior(table, [0, 1, 2], 0.0)
+    generator = Generator(PriorSource(prior), table, prior, FORM, candidates=64, width=8, seed=seed)
 
     def complete(batch):
         if not teacher.config.is_encoder_decoder:
@@ -37,6 +38,25 @@ def training(name: str = "bert-cls", bits: int = 2, seed: int = 0, **settings) -
     settings = {"batch_size": 4, "steps": 20, "learning_rate": 1e-3, "scale_learning_rate": 3e-4, **settings}
     settings = MinimaxSettings(**{"output": "none" if name == "bert" else "kl", **settings})
     return Minimax(teacher, student, generator, settings, lambda m, ids: m.get_input_embeddings()(ids), complete)
+
+
+def training_static() -> Minimax:
+    """A run whose inputs have one stored range a layer."""
+    run = training()
+    scheme = PreQuantConfig(weight_bits=2, embedding_bits=4, activations="static").scheme()
+    student = prepare(copy.deepcopy(run.teacher).requires_grad_(True), scheme)
+    with torch.no_grad():
+        calibrate(student, [run.generator.sample(8)])
+    return Minimax(run.teacher, student, run.generator, run.settings, run.embed)
+
+
+def advance(run: Minimax, steps: int) -> list[dict[str, float]]:
+    """Steps as `from_pretrained` makes them."""
+    figures = []
+    for _ in range(steps):
+        figures.append(run.step())
+        run.update()
+    return figures
 
 
 def state(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -74,8 +94,9 @@ class TestDiscrepancy:
             kl += sum((p[c] * math.log(p[c] / q[c])).item() for c in range(5)) / len(kept)
         hidden = 0.0
         for t, s in zip(teacher.hidden_states, student.hidden_states, strict=True):
-            error = sum((s[i, j] - t[i, j]).double().square().sum().item() for i, j in kept)
-            hidden += error / sum(t[i, j].double().square().sum().item() for i, j in kept) / 2
+            for i, j in kept:
+                error, size = (x.double().square().sum().item() for x in (s[i, j] - t[i, j], t[i, j]))
+                hidden += error / size / len(kept) / 2
         found = discrepancy(teacher, student, batch, MinimaxSettings(output_weight=0.5, hidden_weight=2.0))
         assert found.item() == pytest.approx(0.5 * kl + 2.0 * hidden, rel=1e-5)
 
@@ -94,7 +115,7 @@ class TestTraining:
     def test_brings_the_student_nearer_to_its_teacher(self, name):
         run = training(name, generator_every=10, sharpness=SAM, steps=40)
         teacher, before = state(run.teacher), measure(run)
-        figures = [run.step() for _ in range(run.settings.steps)]
+        figures = advance(run, run.settings.steps)
         assert measure(run) < 0.93 * before
         assert equal(state(run.teacher), teacher)
         assert [i for i, f in enumerate(figures) if "ascent" in f] == [10, 20, 30]
@@ -109,11 +130,9 @@ class TestTraining:
         other = training(sharpness=SharpnessSettings(rho), generator_every=0, output_weight=0.5)
         settings, layers = run.settings, {n: m for n, m in low_bit_layers(other.student) if m.owner is m}
         slots = {id(m.weight): m for m in layers.values()}
-        optimizer = torch.optim.AdamW(
-            [{"params": other.trained[: -len(other.scales)]}, {"params": other.scales}], weight_decay=0.0
-        )
+        optimizer = torch.optim.AdamW([{"params": other.weights}, {"params": other.scales}], weight_decay=0.0)
         for step in range(3):
-            run.step()
+            advance(run, 1)
             batch = other.generator.sample(settings.batch_size)
 
             def gradients(batch=batch):
@@ -176,28 +195,68 @@ class TestTraining:
         run = training(generator_every=0)
         before = [p.clone() for p in run.generator.parameters()]
         for _ in range(4):
-            assert "ascent" not in run.step()
+            assert "ascent" not in advance(run, 1)[0]
         assert all(torch.equal(p, q) for p, q in zip(run.generator.parameters(), before, strict=True))
 
     def test_goes_on_from_its_state_bit_for_bit(self):
         whole = training(generator_every=2, sharpness=SAM)
         first = training(generator_every=2, sharpness=SAM)
-        for _ in range(6):
-            whole.step()
-        for _ in range(3):
-            first.step()
+        advance(whole, 6)
+        advance(first, 3)
         saved = copy.deepcopy(first.state_dict())
         second = training(generator_every=2, sharpness=SAM, seed=5)
         second.load_state_dict(saved)
-        figures = [second.step() for _ in range(3)]
-        assert len(figures) == 3
+        assert len(advance(second, 3)) == 3
         assert equal(state(second.student), state(whole.student))
         assert equal(state(second.generator), state(whole.generator))
 
+    def test_sam_may_begin_later(self):
+        run = training(sharpness=SAM, steps=4, sharp_from=0.5)
+        assert ["sharp_loss" in f for f in advance(run, 4)] == [False, False, True, True]
+
+    @pytest.mark.parametrize("rho", [0.0, 0.1])
+    def test_parts_of_a_batch_are_the_batch(self, rho):
+        """Two micro-batches of two are one of four, up to the order of sums."""
+        whole = training(sharpness=SharpnessSettings(rho), generator_every=2)
+        parts = training(sharpness=SharpnessSettings(rho), generator_every=2, batch_size=2)
+        parts.execution = Execution(parts.student, parts=2)
+        for _ in range(2):
+            one, two = whole.step()["loss"], parts.step()["loss"]
+            assert one == pytest.approx(two, rel=1e-5)
+            for p, q in zip(whole.trained, parts.trained, strict=True):
+                if p.grad is not None:
+                    assert torch.linalg.vector_norm(p.grad - q.grad) <= 1e-4 * torch.linalg.vector_norm(p.grad) + 1e-6
+
+    def test_processes_share_a_batch(self):
+        """Every process draws the same batch; the mean of their gradients is the whole's."""
+        whole, shares = training(), [training(batch_size=2) for _ in range(2)]
+        for rank, run in enumerate(shares):
+            run.execution = Execution(run.student, rank=rank, world=2)
+        losses = [run.step()["loss"] for run in shares]
+        assert whole.step()["loss"] == pytest.approx(sum(losses) / 2, rel=1e-5)
+        for p, *own in zip(whole.trained, *(run.trained for run in shares), strict=True):
+            if p.grad is not None:
+                mean = (own[0].grad + own[1].grad) / 2
+                assert torch.linalg.vector_norm(p.grad - mean) <= 1e-4 * torch.linalg.vector_norm(p.grad) + 1e-6
+
+    def test_static_inputs_have_learned_step_sizes(self):
+        run = training()
+        static = training_static()
+        assert len(static.scales) > len(run.scales)
+        before = [scale.clone() for scale in static.scales]
+        advance(static, 3)
+        moved = [not torch.equal(scale, old) for scale, old in zip(static.scales, before, strict=True)]
+        assert sum(moved) > 0.9 * len(moved)
+
+    def test_a_step_size_is_at_most_halved(self):
+        run = training(scale_learning_rate=1e6, steps=1)
+        before = [scale.clone() for scale in run.scales]
+        advance(run, 1)
+        assert all((scale >= 0.5 * old).all() for scale, old in zip(run.scales, before, strict=True))
+
     def test_packs_into_what_was_trained(self):
         run = training()
-        for _ in range(3):
-            run.step()
+        advance(run, 3)
         batch = run.generator.sample(4)
         with torch.no_grad():
             expected = run.student(**batch).logits
@@ -207,8 +266,7 @@ class TestTraining:
     def test_bfloat16_matmuls_keep_float32_weights(self):
         run = training(autocast=torch.bfloat16)
         before = measure(run)
-        for _ in range(run.settings.steps):
-            run.step()
+        advance(run, run.settings.steps)
         assert measure(run) < 0.9 * before
         assert {p.dtype for p in run.trained} == {torch.float32}
 
@@ -216,7 +274,7 @@ class TestTraining:
 class TestBadInput:
     def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(self):
         run = training()
-        run.step()
+        advance(run, 1)
         before = state(run.student)
         run.teacher.get_parameter("bert.encoder.layer.0.output.dense.bias").data.fill_(torch.nan)
         with pytest.raises(FloatingPointError, match="became nan at step 2 of 20; the weights are those of step 1"):
@@ -251,6 +309,7 @@ class TestBadInput:
             ({"learning_rate": 0.0}, "learning_rate=0.0 is not allowed; use a number above 0"),
             ({"max_norm": math.inf}, "max_norm=inf is not allowed"),
             ({"entropy": -0.1}, "entropy=-0.1 is not allowed; use a number of at least 0"),
+            ({"sharp_from": 1.5}, "sharp_from=1.5 is no share of the steps; use a number from 0 to 1"),
             ({"output": "l1"}, r"output='l1' is unknown; use one of \('kl', 'mse', 'none'\)"),
             ({"hidden_weight": 0.0}, "nothing to learn from"),
             ({"hidden_weight": 0.0, "output": "none", "output_weight": 1.0}, "nothing to learn from"),

@@ -2,12 +2,14 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
 import pytest
 import torch
 from optimum.commands.optimum_cli import main
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForSequenceClassification,
@@ -17,6 +19,8 @@ from transformers import (
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
 )
+
+from optimum_zsaq.algorithms.minimax import Minimax
 
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *"a good bad film was the not very".split()]
@@ -222,6 +226,51 @@ def test_training_without_data(monkeypatch, capsys, bert, tmp_path):
         2,
     )
     assert config.recipe["calibration"]["count"] == 6
+
+
+def test_training_ends_with_what_was_won(monkeypatch, capsys, bert, tmp_path):
+    options = ["--algorithm", "zsaq", "--weight-bits", 2, "--steps", 3, "--batch-size", 2]
+    assert cli(monkeypatch, "quantize", "--model", bert, "--output", tmp_path / "out", *options) == 0
+    lines = capsys.readouterr().out.strip().splitlines()
+    assert lines[-4].startswith("saved to ")
+    assert re.match(r"distance from the float model: .* rounded, .* compensated, .* trained \(-?\d+ % removed\)", lines[-3])
+    assert lines[-2].startswith("answers like the float model's: ")
+    assert lines[-1].startswith("6 generated sequences, ")
+
+
+def test_dry_run_says_what_it_would_take(monkeypatch, capsys, bert, tmp_path):
+    out, options = tmp_path / "out", ["--algorithm", "zsaq", "--steps", 500, "--batch-size", 2]
+    assert cli(monkeypatch, "quantize", "--model", bert, "--output", out, *options, "--dry-run") == 0
+    text = capsys.readouterr().out
+    assert "training 500 steps: " in text
+    assert "peak memory" in text
+    assert not out.exists()
+    assert cli(monkeypatch, "quantize", "--model", bert, "--output", out, "--dry-run") != 0
+    assert "--dry-run is for training and --algorithm prequant does none" in capsys.readouterr().err
+
+
+def test_an_interrupted_training_goes_on(monkeypatch, capsys, bert, tmp_path):
+    """Ctrl-C at step 30 of 40; what comes out then is what an uninterrupted run gives, bit for bit."""
+    options = ["--model", bert, "--algorithm", "zsaq", "--weight-bits", 2, "--steps", 40, "--batch-size", 2, "--rho", 0.05]
+    assert cli(monkeypatch, "quantize", *options, "--output", tmp_path / "whole") == 0
+    state = tmp_path / "training.pt"
+    options += ["--output", tmp_path / "out", "--state", state]
+    step = Minimax.step
+
+    def interrupted(run):
+        if run.done == 30:
+            raise KeyboardInterrupt
+        return step(run)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Minimax, "step", interrupted)
+        assert cli(patch, "quantize", *options) == 130
+    assert f"the training is kept in {state}, run the same command again to go on" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert cli(monkeypatch, "quantize", *options) == 0
+    assert not state.exists()
+    whole, resumed = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "out"))
+    assert all(torch.equal(tensor, resumed[name]) for name, tensor in whole.items())
 
 
 def test_options_of_training_need_an_algorithm_that_trains(monkeypatch, capsys, bert, tmp_path):

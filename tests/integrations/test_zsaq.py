@@ -7,13 +7,16 @@ import torch
 from tiny_models import logits, make, make_tokenizer
 
 from optimum_zsaq import LowBitConfig, PreQuantConfig, ZSAQConfig
+from optimum_zsaq.algorithms.generators import PriorSource
+from optimum_zsaq.algorithms.minimax import Minimax
 from optimum_zsaq.integrations.configs import ALGORITHMS
-from optimum_zsaq.integrations.zsaq import _generator
+from optimum_zsaq.integrations.zero_shot import make_generator, won_lines
 from optimum_zsaq.layers import FakeQuantLinear, PackedLinear
 from optimum_zsaq.surgery import low_bit_layers
 
 
 SHORT = {"steps": 6, "batch_size": 4, "sequence_length": 12, "ranges": "minmax", "embedding_bits": 4}
+SHORT |= {"written_sequences": 16, "start_sequences": 16, "autocast": "float32"}
 
 
 def load(name: str, folder, seed: int = 0, dtype=None, **settings):
@@ -83,19 +86,19 @@ class TestTheResult:
         make_tokenizer().save_pretrained(tmp_path)
         model = make("bert-cls")
         model.config.name_or_path = str(tmp_path)
-        batch = _generator(model, ZSAQConfig(**SHORT)).sample(9)
-        lengths = batch["attention_mask"].sum(dim=1)
+        batch = make_generator(model, ZSAQConfig(**SHORT)).sample(9)
         assert (batch["input_ids"][:, 0] == 1).all()
-        assert (batch["input_ids"][torch.arange(9), lengths - 1] == 2).all()
-        assert (batch["input_ids"][:, 1:3] > 4).all()
+        assert (batch["input_ids"][:, -1] == 2).all()
+        assert (batch["input_ids"][:, 1:-1] > 4).all()
 
     def test_the_recipe_says_how_it_was_made(self, tmp_path):
         model = load("bert-cls", tmp_path, weight_bits=2, steps=20, learning_rate=1e-3)
         recipe = model.config.quantization_config.recipe
         data = recipe["calibration"]
         assert (data["kind"], data["count"], data["seed"]) == ("generated token sequences", 80, 0)
-        assert data["first_loss"] > 0.0
-        assert data["last_loss"] > 0.0
+        assert list(data["won"]) == ["rounded", "compensated", "trained"]
+        assert all(found["discrepancy"] > 0.0 and 0.0 <= found["agreement"] <= 1.0 for found in data["won"].values())
+        assert len(won_lines(data)) == 3
 
     def test_the_users_config_is_left_as_it_was(self, tmp_path):
         make("bert-cls").save_pretrained(tmp_path)
@@ -111,6 +114,99 @@ class TestTheResult:
         assert torch.equal(found, expected)
 
 
+class TestRanges:
+    def test_are_chosen_by_what_they_do_to_the_model(self, tmp_path):
+        found = {}
+        for ranges in ("auto", "mse", "lsq"):
+            model = load("bert-cls", tmp_path, ranges=ranges, weight_bits=2, granularity="tensor", start="rounding")
+            recipe = model.config.quantization_config.recipe
+            found[ranges] = recipe["calibration"]["won"]["rounded"]["discrepancy"], recipe["ranges"]
+        best = min(("mse", "lsq"), key=lambda name: found[name][0])
+        assert found["auto"][1] == best
+        assert found["auto"][0] == pytest.approx(found[best][0], rel=0.1)  # other inputs: some were used to choose
+
+    def test_with_static_inputs(self, tmp_path):
+        model = load("bert-cls", tmp_path, ranges="auto", activations="static")
+        assert model.config.quantization_config.ranges in ("mse", "lsq")
+        assert logits(model).isfinite().all()
+
+
+class TestGenerator:
+    def test_by_itself(self, tmp_path):
+        names = {"bert-cls": "PriorSource", "llama-tied": "WrittenSource", "t5-tied": "AnsweredSource"}
+        for name, source in names.items():
+            assert type(make_generator(make(name), ZSAQConfig(**SHORT)).source).__name__ == source
+
+    def test_an_encoder_writes_nothing(self):
+        with pytest.raises(ValueError, match="generator='teacher' needs a model that writes, and this is a BertFor"):
+            make_generator(make("bert-cls"), ZSAQConfig(**SHORT, generator="teacher"))
+
+    def test_a_language_model_in_memory_is_stored_by_name(self, tmp_path):
+        writer = make("llama-tied")
+        config = ZSAQConfig(**SHORT, generator=writer)
+        assert config.to_dict()["generator"] == "LlamaForCausalLM"
+        make("bert-cls").save_pretrained(tmp_path)
+        model = type(make("bert-cls")).from_pretrained(tmp_path, quantization_config=config)
+        assert model.config.quantization_config.to_dict()["generator"] == "LlamaForCausalLM"
+
+    def test_a_source_of_ones_own(self):
+        source = PriorSource(torch.ones(99))
+        config = ZSAQConfig(**SHORT, generator=source)
+        assert make_generator(make("bert-cls"), config).source is source
+        assert config.to_dict()["generator"] == "PriorSource"
+
+
+class TestState:
+    def interrupted(self, tmp_path, monkeypatch, at: int = 30, **settings):
+        """A training that stops at a step, and leaves its state."""
+        step = Minimax.step
+
+        def stop(run):
+            if run.done == at:
+                raise KeyboardInterrupt
+            return step(run)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Minimax, "step", stop)
+            with pytest.raises(KeyboardInterrupt):
+                load("bert-cls", tmp_path / "float", steps=40, state=str(tmp_path / "state"), **settings)
+
+    @pytest.mark.parametrize("settings", [{}, {"generator_every": 4, "rho": 0.05}, {"activations": "static"}], ids=str)
+    def test_goes_on_bit_for_bit(self, tmp_path, monkeypatch, settings):
+        whole = load("bert-cls", tmp_path / "float", steps=40, **settings)
+        self.interrupted(tmp_path, monkeypatch, **settings)
+        again = load("bert-cls", tmp_path / "float", steps=40, state=str(tmp_path / "state"), **settings)
+        assert torch.equal(logits(whole), logits(again))
+        assert not (tmp_path / "state").exists()
+        assert "state" not in again.config.quantization_config.to_dict()
+
+    def test_of_other_settings_or_another_model(self, tmp_path, monkeypatch):
+        self.interrupted(tmp_path, monkeypatch)
+        options = {"steps": 40, "state": str(tmp_path / "state")}
+        with pytest.raises(ValueError, match="state is the state of a training with other settings; delete it"):
+            load("bert-cls", tmp_path / "float", learning_rate=5e-4, **options)
+        make("bert-cls", seed=3).save_pretrained(tmp_path / "other")
+        with pytest.raises(ValueError, match="state is the state of a training with another model; delete it"):
+            type(make("bert-cls")).from_pretrained(
+                tmp_path / "other", quantization_config=ZSAQConfig(**{**SHORT, **options})
+            )
+
+    @pytest.mark.parametrize("content", [b"", b"no state"], ids=["empty", "other"])
+    def test_a_damaged_file(self, tmp_path, content):
+        (tmp_path / "state").write_bytes(content)
+        with pytest.raises(
+            ValueError, match="state is no state of a training, or is damaged; delete it, or name another file"
+        ):
+            load("bert-cls", tmp_path / "float", state=str(tmp_path / "state"))
+
+    def test_a_file_cut_in_half(self, tmp_path, monkeypatch):
+        self.interrupted(tmp_path, monkeypatch)
+        content = (tmp_path / "state").read_bytes()
+        (tmp_path / "state").write_bytes(content[: len(content) // 2])
+        with pytest.raises(ValueError, match="no state of a training, or is damaged"):
+            load("bert-cls", tmp_path / "float", steps=40, state=str(tmp_path / "state"))
+
+
 class TestOutputs:
     def test_count_if_asked(self, tmp_path):
         with_outputs = load("bert-cls", tmp_path, output_weight=1.0)
@@ -121,7 +217,7 @@ class TestOutputs:
         make("bert-cls", num_labels=1).save_pretrained(tmp_path)
         cls, settings = type(make("bert-cls")), {**SHORT, "hidden_weight": 0.0, "output_weight": 1.0}
         model = cls.from_pretrained(tmp_path, quantization_config=ZSAQConfig(**settings))
-        assert model.config.quantization_config.recipe["calibration"]["first_loss"] > 0.0
+        assert model.config.quantization_config.recipe["calibration"]["won"]["rounded"]["discrepancy"] > 0.0
 
     def test_of_a_model_without_any(self, tmp_path):
         with pytest.raises(ValueError, match="output_weight=1.0 needs a model that returns logits"):
