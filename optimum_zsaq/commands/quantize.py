@@ -69,7 +69,7 @@ class QuantizeCommand(Command):
         parser.add_argument("--calibration-data", help="file of texts for static ranges (default: sampled token sequences)")
         parser.add_argument("--calibration-samples", type=int, default=128, help="texts used of it (default: 128)")
         parser.add_argument("--seed", type=int, default=0, help="of sampled or generated token sequences (default: 0)")
-        parser.add_argument("--steps", type=int, help="zsaq: training steps (default: 300)")
+        parser.add_argument("--steps", type=int, help="zsaq: training steps (default: 200)")
         parser.add_argument("--batch-size", type=int, help="zsaq: sequences a step (default: 32)")
         parser.add_argument("--sequence-length", type=int, help="zsaq: tokens of the longest (default: 128 or 32)")
         parser.add_argument("--learning-rate", type=float, help="zsaq: of the weights (default: 1e-4)")

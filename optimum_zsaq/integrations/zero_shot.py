@@ -4,6 +4,7 @@ import copy
 import logging
 import time
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -152,14 +153,15 @@ def start_run(model: PreTrainedModel, config: ZSAQConfig) -> Minimax:
 
 
 def _choose_ranges(run: Minimax, config: ZSAQConfig) -> str:
-    """Find the ranges of all layers, in place, by the method that leaves D smaller on generated inputs; gives its name."""
+    """Find the ranges of all layers, in place, by the method that changes the outputs less (else D) on generated inputs; gives its name."""
     layers = {name: layer for name, layer in low_bit_layers(run.student) if layer.owner is layer}
     batches = [run.complete(run.generator.sample(config.batch_size)) for _ in range(_HELD_OUT)]
     found = {}
     for method in _AUTO_RANGES:
         find_layer_ranges(layers, method)
         with float_inputs(run.student) if config.activations == "static" else nullcontext():
-            found[method] = measure(run, batches)["discrepancy"]
+            figures = measure(run, batches)
+        found[method] = figures.get("output", figures["discrepancy"])
     best = min(found, key=found.get)
     find_layer_ranges(layers, best)
     return best
@@ -185,16 +187,21 @@ def measure(run: Minimax, batches: list[Batch]) -> dict[str, float]:
     """How far the student is from its teacher on some batches.
 
     Returns:
-        `dict`: "discrepancy", D; where the model answers by classes or tokens also "agreement", the share of equal ones.
+        `dict`: "discrepancy", D; of a model with outputs "output", D of these alone, and where they are classes or tokens
+        also "agreement", the share of equal answers.
     """
-    total, same, count = 0.0, 0, 0
+    alone = replace(run.settings, output_weight=1.0, hidden_weight=0.0)
+    found: dict[str, float] = Counter()
     for batch in batches:
         outputs = [model(**batch, output_hidden_states=True) for model in (run.teacher, run.student)]
-        total += discrepancy(*outputs, batch, run.settings).item() / len(batches)
-        if run.settings.output == "kl" and getattr(outputs[1], "logits", None) is not None:
+        found["discrepancy"] += discrepancy(*outputs, batch, run.settings).item() / len(batches)
+        if getattr(outputs[1], "logits", None) is None:
+            continue
+        found["output"] += discrepancy(*outputs, batch, alone).item() / len(batches)
+        if alone.output == "kl":
             teacher, student = (output.logits.argmax(dim=-1) for output in outputs)
-            same, count = same + (teacher == student).sum().item(), count + teacher.numel()
-    return {"discrepancy": total, **({"agreement": same / count} if count else {})}
+            found["agreement"] += (teacher == student).float().mean().item() / len(batches)
+    return dict(found)
 
 
 def won_lines(data: dict[str, Any]) -> list[str]:

@@ -13,7 +13,7 @@ STARTS = ("compensated", "rounding")
 AUTOCASTS = ("auto", "bfloat16", "float32")
 SHORTEST = 5  # tokens of the shortest sequence, special ones included
 _MINIMAX = {
-    "steps": 300,
+    "steps": 200,
     "batch_size": 32,
     "learning_rate": 1e-4,
     "scale_learning_rate": 1e-4,
@@ -28,9 +28,9 @@ _SHARPNESS = {"rho": 0.0, "adaptive": False, "perturb": "quantized"}
 _OWN = {
     "sequence_length": None,
     "generator": "auto",
-    "written_sequences": 1024,
+    "written_sequences": 512,
     "start": "compensated",
-    "start_sequences": 1024,
+    "start_sequences": 512,
     "autocast": "auto",
     "state": None,
 }

@@ -1,0 +1,1 @@
+"""Training loops on transformers' Trainer."""
