@@ -29,7 +29,12 @@ FLOORS = {
     "report": 5,
     "commands": 6,
 }
-SIDEWAYS = {("kernels", "ops"), ("surgery", "kinds"), ("report", "integrations")}  # imports within one floor
+SIDEWAYS = {  # imports within one floor
+    ("kernels", "ops"),
+    ("surgery", "kinds"),
+    ("report", "integrations"),
+    ("trainers", "integrations"),
+}
 STANDALONE = {"__init__", "autoload", "demo", "_namespace"}  # no floor: package names, start-up, data
 ARCHITECTURES = set(
     "albert bart bert bloom codegen deberta distilbert electra falcon gemma gpt gpt2 gptj gptneo llama marian mbart "

@@ -28,7 +28,7 @@ from optimum_zsaq.layers import (
 )
 from optimum_zsaq.ops import RANGES, find_ranges
 from optimum_zsaq.spec import LayerSpec, QuantScheme, QuantSpec
-from optimum_zsaq.surgery import matches, pack, prepare, select, set_runtime, skeleton, unpack
+from optimum_zsaq.surgery import blocks, matches, pack, prepare, select, set_runtime, skeleton, unpack
 
 
 pytestmark = pytest.mark.usefixtures("toy_kinds")
@@ -482,3 +482,53 @@ def test_registered_transposed_kind():
     kind = kinds.kind_of(TransposedLinear(5, 3))
     assert (kind.fake, kind.packed) == (FakeQuantTransposedLinear, PackedTransposedLinear)
     assert (kind.build, kind.table) == (build_transposed, False)
+
+
+class TestBlocks:
+    """Found by structure, in whichever state the layers are."""
+
+    @pytest.mark.parametrize("state", ["float", "fake", "packed"])
+    def test_names_and_order(self, state):
+        lists = {name: nn.ModuleList([nn.Sequential(nn.Linear(5, 5), nn.ReLU()) for _ in range(11)]) for name in ("b", "a")}
+        model = Holder(table=nn.Embedding(7, 5), **lists, head=nn.Linear(5, 2))
+        if state != "float":
+            prepare(model, FULL, "minmax")
+        if state == "packed":
+            pack(model)
+        found = blocks(model)
+        assert list(found) == [f"{name}.{i}" for name in ("b", "a") for i in range(11)]
+        assert all(model.get_submodule(name) is block for name, block in found.items())
+
+    def test_encoder_and_decoder(self):
+        parts = [Holder(layers=nn.ModuleList([TransposedLinear(5, 5), nn.Linear(5, 5)])) for _ in range(2)]
+        model = Holder(encoder=parts[0], decoder=parts[1])
+        assert list(blocks(model)) == ["encoder.layers.0", "encoder.layers.1", "decoder.layers.0", "decoder.layers.1"]
+
+    def test_lists_inside_a_block_are_parts_of_it(self):
+        """As T5's layers of a block, and experts."""
+        block = Holder(layer=nn.ModuleList([nn.Linear(5, 5), Holder(experts=nn.ModuleList([nn.Linear(5, 5)]))]))
+        model = Holder(stack=Holder(block=nn.ModuleList([block, copy.deepcopy(block)])))
+        assert list(blocks(model)) == ["stack.block.0", "stack.block.1"]
+
+    def test_a_list_beside_whose_name_begins_alike(self):
+        lists = {name: nn.ModuleList([nn.Linear(5, 5), nn.Linear(5, 5)]) for name in ("a", "a0")}
+        assert list(blocks(Holder(**lists))) == ["a.0", "a.1", "a0.0", "a0.1"]
+
+    @pytest.mark.parametrize(
+        "build",
+        [
+            pytest.param(ToyModel, id="no-list"),
+            pytest.param(lambda: Holder(a=nn.ModuleList()), id="empty-list"),
+            pytest.param(lambda: Holder(a=nn.ModuleList([nn.LayerNorm(5)]), b=nn.Linear(5, 5)), id="norms"),
+            pytest.param(lambda: Holder(a=nn.ModuleList([nn.Embedding(7, 5)])), id="tables"),
+            pytest.param(lambda: Holder(a=nn.ModuleList([nn.Linear(5, 5), nn.ReLU()])), id="not-every-entry"),
+            pytest.param(lambda: nn.Linear(5, 5), id="a-layer"),
+        ],
+    )
+    def test_none(self, build):
+        assert blocks(build()) == {}
+
+    def test_a_list_inside_one_that_is_no_stack(self):
+        """An entry without a Linear layer makes the outer list none; the list inside it is one."""
+        inner = Holder(layers=nn.ModuleList([nn.Linear(5, 5), nn.Linear(5, 5)]))
+        assert list(blocks(Holder(parts=nn.ModuleList([nn.ReLU(), inner])))) == ["parts.1.layers.0", "parts.1.layers.1"]

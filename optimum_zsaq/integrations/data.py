@@ -18,6 +18,16 @@ Batch = dict[str, Tensor]
 _BATCH_SIZE = 16
 _MAX_LENGTH = 128
 _SAMPLED_LENGTH = 64
+OWN_DISTRIBUTION = {  # of `generate`, whatever a model's generation_config says
+    "do_sample": True,
+    "num_beams": 1,
+    "temperature": 1.0,
+    "top_k": 0,
+    "top_p": 1.0,
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "min_length": 0,
+}
 _READERS = {
     ".txt": "text",
     ".csv": "csv",
@@ -213,9 +223,7 @@ def continue_sequences(model: PreTrainedModel, ids: Tensor, length: int, seed: i
         return model.generate(
             ids.to(model.device),
             attention_mask=torch.ones_like(ids, device=model.device),
-            do_sample=True,
-            top_k=0,
-            top_p=1.0,
+            **OWN_DISTRIBUTION,
             min_new_tokens=new,
             max_new_tokens=new,
             pad_token_id=model.generation_config.pad_token_id or 0,

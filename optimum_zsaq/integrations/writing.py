@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..algorithms.generators import PriorSource, SequenceForm, Source, WrittenSource
-from .data import continue_sequences, find_tokenizer, plain_tokens
+from .data import OWN_DISTRIBUTION, continue_sequences, find_tokenizer, plain_tokens
 from .tasks import load_tokenizer
 
 
@@ -18,16 +18,6 @@ Watch = Callable[[int], Any]
 _WRITTEN_TOGETHER = 64  # sequences
 _MORE = 1.25  # tokens of the generator for a token of the teacher, when their vocabularies differ
 _READERS = ("MaskedLM", "Classification", "QuestionAnswering")  # transformers loads some of these as if they wrote
-_OWN_DISTRIBUTION = {  # whatever a model's generation_config says
-    "do_sample": True,
-    "num_beams": 1,
-    "temperature": 1.0,
-    "top_k": 0,
-    "top_p": 1.0,
-    "repetition_penalty": 1.0,
-    "no_repeat_ngram_size": 0,
-    "min_length": 0,
-}
 _LENGTHS = 8  # of the inputs of an encoder-decoder model, between the shortest and the longest
 
 
@@ -185,7 +175,7 @@ def _rows(texts: list[list[int]], width: int) -> list[list[int]]:
 def _answers(teacher: PreTrainedModel, ids: Tensor, longest: int, seed: int, watch: Watch) -> Tensor:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        answers = teacher.generate(ids.to(teacher.device), max_new_tokens=longest, **_OWN_DISTRIBUTION)
+        answers = teacher.generate(ids.to(teacher.device), max_new_tokens=longest, **OWN_DISTRIBUTION)
     watch(len(ids))
     return answers.cpu()
 

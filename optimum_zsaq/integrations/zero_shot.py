@@ -153,7 +153,7 @@ def start_run(model: PreTrainedModel, config: ZSAQConfig) -> Minimax:
 
 
 def _choose_ranges(run: Minimax, config: ZSAQConfig) -> str:
-    """Find the ranges of all layers, in place, by the method that changes the outputs less (else D) on generated inputs; gives its name."""
+    """Find all ranges, in place, by the method that changes the outputs (without any: D) less on generated inputs."""
     layers = {name: layer for name, layer in low_bit_layers(run.student) if layer.owner is layer}
     batches = [run.complete(run.generator.sample(config.batch_size)) for _ in range(_HELD_OUT)]
     found = {}

@@ -14,6 +14,7 @@ from tiny_models import HIDDEN, VOCABULARY, make, make_tokenizer, quantized
 from optimum_zsaq import PreQuantConfig, calibrate
 from optimum_zsaq.integrations.data import (
     complete_batch,
+    continue_sequences,
     describe_data,
     find_tokenizer,
     read_file,
@@ -338,3 +339,10 @@ def test_one_sided_inputs_use_all_codes(tmp_path):
         elif name.endswith("fc1"):
             assert 0 < layer.input_zero_point.item() < 255
     assert HIDDEN == 32
+
+
+def test_what_a_model_writes_is_its_own_distribution_whatever_its_generation_config_says():
+    plain, configured = make("llama-tied"), make("llama-tied")
+    configured.generation_config.update(temperature=0.1, repetition_penalty=5.0, num_beams=3, no_repeat_ngram_size=1)
+    first = torch.arange(3, 9).view(6, 1)
+    assert torch.equal(continue_sequences(plain, first, 12, seed=1), continue_sequences(configured, first, 12, seed=1))
