@@ -132,9 +132,8 @@ def main() -> int:
         args.output.write_text(json.dumps(found) + "\n", encoding="utf-8")
     if args.plot:
         draw(found["losses"], args.plot)
-    print(
-        f"a SAM step takes {found['steps']['ratio']:.2f} of a plain one, and {found['memory']['copies']:.2f} copies of the weights more"
-    )
+    print(f"a SAM step takes {found['steps']['ratio']:.2f} times a plain one's time")
+    print(f"and {found['memory']['copies']:.2f} copies of the trained weights more memory")
     return 0
 
 
