@@ -10,7 +10,7 @@ are unknown to us.
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from ..kinds import kind_of
 from ..layers import LowBitLayer
 from ..layers.common import SCALES
 from ..surgery import low_bit_layers
-from .generators import Batch, Generator
+from .generators import Batch, Generator, SoftBatch
 from .sharpness import Perturbation, SharpnessSettings
 
 
@@ -263,11 +263,13 @@ class Minimax:
         self.optimizer.step()
         self.schedule.step()
 
-    def _share(self, batch: Batch, part: int) -> Batch:
-        """This process's rows of a micro-batch."""
+    def _rows(self, part: int) -> slice:
+        """This process's rows of a micro-batch, in the batch of the whole step."""
         start = (part * self.execution.world + self.execution.rank) * self.settings.batch_size
-        rows = slice(start, start + self.settings.batch_size)
-        return self.complete({name: tensor[rows] for name, tensor in batch.items()})
+        return slice(start, start + self.settings.batch_size)
+
+    def _share(self, batch: Batch, part: int) -> Batch:
+        return self.complete({name: tensor[self._rows(part)] for name, tensor in batch.items()})
 
     def _descend(self, batches: list[Batch], targets: list[Any]) -> float:
         """The gradients of D at the weights as they are, of all micro-batches together."""
@@ -282,21 +284,20 @@ class Minimax:
         return self._checked(total)
 
     def _ascend(self) -> float:
-        run, size = self.execution, self.settings.batch_size
-        drawn = self.generator.soft_sample(size * run.world).part(slice(run.rank * size, (run.rank + 1) * size))
-        batch = self.complete(drawn.batch)
-        inputs = {name: value for name, value in batch.items() if name != "input_ids"}
+        run = self.execution
+        drawn = self.generator.soft_sample(self.settings.batch_size * run.parts * run.world)
+        choice = drawn.choice.detach().requires_grad_()  # the parts' gradients meet here, then the network is run back once
+        total = torch.zeros((), device=choice.device)
         try:
             for p in self.trained:
                 p.requires_grad_(False)
-            outputs = []
-            for model in (self.teacher, self.student):
-                embedded = drawn.embed(lambda ids, model=model: self.embed(model, ids))
-                outputs.append(self._call(model, {**inputs, "inputs_embeds": embedded}))
-            loss = discrepancy(*outputs, batch, self.settings)
-            value = self._checked(loss.detach())
+            for part in range(run.parts):
+                loss = self._hardness(replace(drawn, choice=choice).part(self._rows(part))) / run.parts
+                loss.backward()
+                total += loss.detach()
+            value = self._checked(total)
             self.ascent.zero_grad()
-            (loss + self.settings.entropy * drawn.entropy).backward()
+            ((drawn.choice * choice.grad).sum() + self.settings.entropy * drawn.entropy).backward()
             for p in self.generator.parameters():
                 run.average(p.grad)
             nn.utils.clip_grad_norm_(self.generator.parameters(), self.settings.max_norm)
@@ -305,6 +306,15 @@ class Minimax:
             for p in self.trained:
                 p.requires_grad_(True)
         return value
+
+    def _hardness(self, drawn: SoftBatch) -> Tensor:
+        """D on sequences that gradients reach the choice of tokens through."""
+        batch, outputs = self.complete(drawn.batch), []
+        inputs = {name: value for name, value in batch.items() if name != "input_ids"}
+        for model in (self.teacher, self.student):
+            embedded = drawn.embed(lambda ids, model=model: self.embed(model, ids))
+            outputs.append(self._call(model, {**inputs, "inputs_embeds": embedded}))
+        return discrepancy(*outputs, batch, self.settings)
 
     def _call(self, model: nn.Module, batch: Batch) -> Any:
         dtype = self.settings.autocast

@@ -97,11 +97,19 @@ def _recipe(model: PreTrainedModel) -> str:
     config = model.config.quantization_config
     recipe = config.recipe or {}
     versions = ", ".join(f"{name} {version}" for name, version in recipe.get("versions", {}).items())
-    data = recipe.get("calibration")
+    data, training = recipe.get("calibration"), recipe.get("training")
+    told = {name: value for name, value in (data or {}).items() if not isinstance(value, dict)}
     lines = [
         f"- from `{recipe.get('base_model') or 'a model in memory'}`",
         f"- algorithm: {config.algorithm}, ranges: {recipe.get('ranges')}",
-        f"- data: {', '.join(f'{k} {v}' for k, v in data.items()) if data else 'none'}",
+        f"- data: {', '.join(f'{k} {v}' for k, v in told.items()) or 'none'}",
+        *([f"- trained: {', '.join(f'{k} {v}' for k, v in training.items())}"] if training else []),
+        *(f"- {stage}: {_figures(found)}" for stage, found in (data or {}).get("won", {}).items()),
         f"- versions: {versions}",
     ]
     return "\n".join(lines)
+
+
+def _figures(found: dict[str, float]) -> str:
+    """What a stage of training was measured to be, on generated inputs."""
+    return ", ".join(f"{name} {value:.4f}" for name, value in found.items())

@@ -23,6 +23,7 @@ from .packed_saving import PackedSaving
 
 logger = logging.getLogger(__name__)
 
+_DEFAULTS = ZSAQConfig()
 _STATE = "minimax.pt"
 _UNUSED = ("train_dataset", "compute_loss_func", "model_init")
 
@@ -49,28 +50,47 @@ class ZSAQArguments(TrainingArguments):
     Source: https://huggingface.co/papers/2310.13315; the numbers are our choice.
     """
 
-    max_steps: int = field(default=300, metadata={"help": "Student steps."})
-    learning_rate: float = field(default=1e-4, metadata={"help": "Of the weights."})
-    per_device_train_batch_size: int = field(default=32, metadata={"help": "Sequences drawn for a step and a device."})
+    max_steps: int = field(default=_DEFAULTS.steps, metadata={"help": "Student steps."})
+    learning_rate: float = field(default=_DEFAULTS.learning_rate, metadata={"help": "Of the weights."})
+    per_device_train_batch_size: int = field(
+        default=_DEFAULTS.batch_size, metadata={"help": "Sequences drawn for a step and a device."}
+    )
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "The schedule of both learning rates."})
     warmup_steps: float = field(default=0.1, metadata={"help": "Steps of warm-up, or below 1 their share of all."})
-    rho: float = field(default=0.0, metadata={"help": "Radius of sharpness-aware training; 0: none."})
-    adaptive: bool = field(default=False, metadata={"help": "ASAM instead of SAM."})
-    perturb: str = field(default="quantized", metadata={"help": "'quantized' or 'latent' weights are perturbed."})
-    sharp_from: float = field(default=0.0, metadata={"help": "Share of the steps before SAM begins."})
-    scale_learning_rate: float = field(default=1e-4, metadata={"help": "Of the step sizes."})
-    generator_every: int = field(default=0, metadata={"help": "Student steps for a step of the generator; 0: none."})
-    generator_learning_rate: float = field(default=1e-3, metadata={"help": "Of the generator."})
-    entropy: float = field(default=0.1, metadata={"help": "Weight of the entropy of the generator's choices."})
-    output_weight: float = field(default=0.0, metadata={"help": "Weight of the outputs in the discrepancy."})
-    hidden_weight: float = field(default=1.0, metadata={"help": "Weight of the hidden states in the discrepancy."})
-    sequence_length: int | None = field(default=None, metadata={"help": "Tokens of the longest sequence."})
-    written_sequences: int = field(default=1024, metadata={"help": "Sequences that the generator's model writes."})
+    rho: float = field(default=_DEFAULTS.rho, metadata={"help": "Radius of sharpness-aware training; 0: none."})
+    adaptive: bool = field(default=_DEFAULTS.adaptive, metadata={"help": "ASAM instead of SAM."})
+    perturb: str = field(default=_DEFAULTS.perturb, metadata={"help": "'quantized' or 'latent' weights are perturbed."})
+    sharp_from: float = field(default=_DEFAULTS.sharp_from, metadata={"help": "Share of the steps before SAM begins."})
+    scale_learning_rate: float = field(default=_DEFAULTS.scale_learning_rate, metadata={"help": "Of the step sizes."})
+    generator_every: int = field(
+        default=_DEFAULTS.generator_every, metadata={"help": "Student steps for a step of the generator; 0: none."}
+    )
+    generator_learning_rate: float = field(
+        default=_DEFAULTS.generator_learning_rate, metadata={"help": "Of the generator."}
+    )
+    entropy: float = field(
+        default=_DEFAULTS.entropy, metadata={"help": "Weight of the entropy of the generator's choices."}
+    )
+    output_weight: float = field(
+        default=_DEFAULTS.output_weight, metadata={"help": "Weight of the outputs in the discrepancy."}
+    )
+    hidden_weight: float = field(
+        default=_DEFAULTS.hidden_weight, metadata={"help": "Weight of the hidden states in the discrepancy."}
+    )
+    sequence_length: int | None = field(
+        default=_DEFAULTS.sequence_length, metadata={"help": "Tokens of the longest sequence."}
+    )
+    written_sequences: int = field(
+        default=_DEFAULTS.written_sequences, metadata={"help": "Sequences that the generator's model writes."}
+    )
 
     def __post_init__(self):
         super().__post_init__()
         if self.max_steps < 1:
-            raise ValueError(f"max_steps={self.max_steps!r}: data that is generated has no epochs; use max_steps=300")
+            raise ValueError(
+                f"max_steps={self.max_steps!r} is no count, and data that is generated has no epochs; "
+                f"use max_steps={_DEFAULTS.steps}"
+            )
         self.settings()
         self.generator_config("auto")
 

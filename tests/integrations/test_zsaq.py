@@ -100,6 +100,12 @@ class TestTheResult:
         assert all(found["discrepancy"] > 0.0 and 0.0 <= found["agreement"] <= 1.0 for found in data["won"].values())
         assert len(won_lines(data)) == 3
 
+    def test_the_card_says_what_was_won(self, tmp_path):
+        load("bert-cls", tmp_path / "float").save_pretrained(tmp_path / "packed")
+        card = (tmp_path / "packed" / "README.md").read_text()
+        assert "- data: kind generated token sequences, count 24, seed 0, seconds " in card
+        assert re.search(r"- trained: discrepancy 0\.\d{4}, output \d\.\d{4}, agreement \d\.\d{4}", card)
+
     def test_the_users_config_is_left_as_it_was(self, tmp_path):
         make("bert-cls").save_pretrained(tmp_path)
         config = ZSAQConfig(**SHORT)
