@@ -178,7 +178,7 @@ def _show_plan(plan: dict[str, Any]) -> None:
     seconds = plan["seconds"]
     written = f"write {plan['sequences']:,} sequences" if plan["sequences"] else "write nothing"
     print(f"generator {plan['generator']}: {written}, {seconds['writing']:.0f} s")
-    print(f"start {plan['start']}: {seconds['compensating']:.0f} s")
+    print(f"start {plan['start']}: {seconds['starting']:.0f} s")
     print(f"training {plan['steps']:,} steps: {seconds['training']:.0f} s")
     print(f"together {seconds['all'] / 60:.1f} min on this machine, peak memory {size_text(plan['peak_bytes'])}")
     print("nothing was written; leave out --dry-run to do it")

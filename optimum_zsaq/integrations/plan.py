@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from .zero_shot import compensate_start, start_run
+from .zero_shot import AUTO_RANGES, find_start, start_run
 from .zsaq import ZSAQConfig
 
 
@@ -21,7 +21,7 @@ def plan_training(model: PreTrainedModel, config: ZSAQConfig) -> dict[str, Any]:
     """Try the parts of a training on a float model and tell what all of it would take. The model is used up.
 
     Returns:
-        `dict`: seconds of "writing", "compensating", "training" and "all"; "peak_bytes" of this process so far, which the
+        `dict`: seconds of "writing", "starting", "training" and "all"; "peak_bytes" of this process so far, which the
         whole run hardly exceeds; and what was asked for: "generator", "sequences" to write, "start", "steps".
 
     Raises:
@@ -33,7 +33,7 @@ def plan_training(model: PreTrainedModel, config: ZSAQConfig) -> dict[str, Any]:
     run = start_run(model, trial)
     writes = hasattr(run.generator.source, "written") or hasattr(run.generator.source, "groups")
     each = (time.perf_counter() - started) / trial.written_sequences if writes else 0.0
-    seconds = {"writing": each * config.written_sequences, "compensating": _compensating(run, config)}
+    seconds = {"writing": each * config.written_sequences, "starting": _starting(run, config)}
     run.step()
     run.update()
     seconds["training"] = config.steps * _timed(lambda: (run.step(), run.update()), _STEPS) / _STEPS
@@ -47,16 +47,17 @@ def plan_training(model: PreTrainedModel, config: ZSAQConfig) -> dict[str, Any]:
     }
 
 
-def _compensating(run: Any, config: ZSAQConfig) -> float:
+def _starting(run: Any, config: ZSAQConfig) -> float:
     """Part of it does not depend on the number of sequences: seen on one batch and on two."""
-    if config.start != "compensated":
-        return 0.0
-    found = []
+    held_out, found = [run.complete(run.generator.sample(config.batch_size))], []
     for batches in (1, 2):
         trial = copy.copy(config)
+        trial.ranges = AUTO_RANGES[0] if config.ranges == "auto" else config.ranges
         trial.start_sequences = min(_TRIAL, config.start_sequences) * batches
-        found.append(_timed(lambda trial=trial: compensate_start(run, trial), 1))
-    return max(found[0], 2 * found[0] - found[1] + (found[1] - found[0]) * config.start_sequences / _TRIAL)
+        found.append(_timed(lambda trial=trial: find_start(run, trial, held_out), 1))
+    each = max(0.0, found[1] - found[0]) if config.start == "compensated" else 0.0
+    methods = len(AUTO_RANGES) if config.ranges == "auto" else 1
+    return methods * (found[0] + each * max(0.0, config.start_sequences / _TRIAL - 1.0))
 
 
 def _timed(work: Callable[[], Any], times: int) -> float:

@@ -6,7 +6,7 @@ import time
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils.logging import tqdm
 
-from ..algorithms.calibration import float_inputs
 from ..algorithms.compensation import compensate
 from ..algorithms.generators import Batch, Generator, PriorSource, SequenceForm, Source, token_prior
 from ..algorithms.minimax import Minimax, MinimaxSettings, discrepancy
@@ -31,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 _LONGEST_WRITTEN, _LONGEST = 128, 32  # tokens of a sequence, of decoders and of other models: our choice
 _START_BATCH = 64  # sequences run together when errors are compensated
-_AUTO_RANGES = ("mse", "lsq")
+AUTO_RANGES = ("mse", "lsq")
 _HELD_OUT = 8  # batches that D is measured on, before and after
 _SAVED_EVERY = 25  # steps
 
@@ -111,12 +110,9 @@ def train_on_load(model: PreTrainedModel, config: ZSAQConfig) -> dict[str, Any]:
     started, packed = time.perf_counter(), config.packed  # `prepare` notes in the config what the model is now
     dtypes = {name: p.dtype for name, p in model.named_parameters()}
     run = start_run(model, config)
-    state = TrainingState(config, run)
     held_out = [run.complete(run.generator.sample(config.batch_size)) for _ in range(_HELD_OUT)]
-    won = state.load() or {"rounded": measure(run, held_out)}
-    if not run.done and config.start == "compensated":
-        compensate_start(run, config)
-        won["compensated"] = measure(run, held_out)
+    state = TrainingState(config, run)
+    config.ranges, won = state.load() or find_start(run, config, held_out)
     with tqdm(total=config.steps, initial=run.done, desc="Training without data", unit="step", leave=False) as bar:
         while run.done < config.steps:
             loss = run.step()["loss"]
@@ -124,7 +120,7 @@ def train_on_load(model: PreTrainedModel, config: ZSAQConfig) -> dict[str, Any]:
             bar.update()
             bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
             if run.done % _SAVED_EVERY == 0:
-                state.save(won)
+                state.save((config.ranges, won))
     won["trained"] = measure(run, held_out)
     state.remove()
     model.zero_grad(set_to_none=True)
@@ -142,44 +138,58 @@ def start_run(model: PreTrainedModel, config: ZSAQConfig) -> Minimax:
     for p in model.parameters():
         p.data = p.data.float()
     teacher = copy.deepcopy(model)
-    prepare(model, config.scheme(), _AUTO_RANGES[0] if config.ranges == "auto" else config.ranges)
+    prepare(model, config.scheme(), AUTO_RANGES[0] if config.ranges == "auto" else config.ranges)
     generator = make_generator(teacher, config)
     settings = replace(config.settings(), autocast=autocast_dtype(config.autocast, model.device))
     run = make_minimax(teacher, model, generator, settings)
-    if config.ranges == "auto":
-        config.ranges = _choose_ranges(run, config)
-    calibrate_on_load(model, config)
     return run
 
 
-def _choose_ranges(run: Minimax, config: ZSAQConfig) -> str:
-    """Find all ranges, in place, by the method that changes the outputs (without any: D) less on generated inputs."""
+def find_start(run: Minimax, config: ZSAQConfig, held_out: list[Batch]) -> tuple[str, dict[str, dict[str, float]]]:
+    """Round the student and, if the config says so, compensate the errors, in place; with a progress bar.
+
+    Returns:
+        `tuple`: how ranges were found (of several methods the one that ends nearest to the teacher); what was measured.
+    """
     layers = {name: layer for name, layer in low_bit_layers(run.student) if layer.owner is layer}
-    batches = [run.complete(run.generator.sample(config.batch_size)) for _ in range(_HELD_OUT)]
-    found = {}
-    for method in _AUTO_RANGES:
+    masters = {name: layer.master().detach().clone() for name, layer in layers.items()}
+    methods = AUTO_RANGES if config.ranges == "auto" else (config.ranges,)
+    batches, best = _start_batches(run, config), None
+    for method in methods:
+        with torch.no_grad():
+            for name, layer in layers.items():
+                layer.master().copy_(masters[name])
         find_layer_ranges(layers, method)
-        with float_inputs(run.student) if config.activations == "static" else nullcontext():
-            figures = measure(run, batches)
-        found[method] = figures.get("output", figures["discrepancy"])
-    best = min(found, key=found.get)
-    find_layer_ranges(layers, best)
-    return best
+        calibrate_on_load(run.student, config)
+        won = {"rounded": measure(run, held_out)}
+        if batches:
+            with _progress(100, f"Compensating errors ({method})", "%") as watch:
+                compensate(run.teacher, run.student, batches, watch=_in_percent(watch))
+            won["compensated"] = measure(run, held_out)
+        distance = list(won.values())[-1]["discrepancy"]
+        if best is None or distance < best[0]:
+            best = distance, method, won, copy.deepcopy(run.student.state_dict()) if len(methods) > 1 else None
+    if best[-1] is not None:
+        run.student.load_state_dict(best[-1])
+    return best[1], best[2]
 
 
-def compensate_start(run: Minimax, config: ZSAQConfig) -> None:
-    """Have the student start from codes that make up for each other's errors, in place; with a progress bar."""
+def _start_batches(run: Minimax, config: ZSAQConfig) -> list[Batch]:
+    if config.start != "compensated":
+        return []
     size = min(_START_BATCH, config.start_sequences)
-    batches = [run.complete(run.generator.sample(size)) for _ in range(-(-config.start_sequences // size))]
-    with _progress(100, "Compensating errors", "%") as watch:
-        seen = 0
+    return [run.complete(run.generator.sample(size)) for _ in range(-(-config.start_sequences // size))]
 
-        def report(_: str, share: float) -> None:
-            nonlocal seen
-            watch(int(100 * share) - seen)
-            seen = int(100 * share)
 
-        compensate(run.teacher, run.student, batches, watch=report)
+def _in_percent(watch: Callable[[int], Any]) -> Callable[[str, float], None]:
+    seen = 0
+
+    def report(_: str, share: float) -> None:
+        nonlocal seen
+        watch(int(100 * share) - seen)
+        seen = int(100 * share)
+
+    return report
 
 
 @torch.no_grad()
@@ -233,7 +243,7 @@ class TrainingState:
         self.path, self.run = config.state and Path(config.state), run
         self._of = {"config": repr(sorted(config.to_dict().items(), key=str)), "teacher": _checksum(run.teacher)}
 
-    def load(self) -> dict[str, Any] | None:
+    def load(self) -> Any:
         """Go on from the file, if there is one; gives what `save` was given.
 
         Raises:
@@ -253,15 +263,15 @@ class TrainingState:
             raise ValueError(f"{self.path} is the state of a training with {what}; delete it, or name another file")
         self.run.load_state_dict(state["run"])
         logger.warning("Going on from step %d of %d, kept in %s", self.run.done, self.run.settings.steps, self.path)
-        return state["won"]
+        return state["start"]
 
-    def save(self, won: dict[str, Any]) -> None:
-        """Keep the training as it is now, and what was measured before it."""
+    def save(self, start: Any) -> None:
+        """Keep the training as it is now, and what is known of its start."""
         if self.path is None:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         beside = self.path.with_name(f".{self.path.name}.part")
-        torch.save({"of": self._of, "won": won, "run": self.run.state_dict()}, beside)
+        torch.save({"of": self._of, "start": start, "run": self.run.state_dict()}, beside)
         beside.replace(self.path)
 
     def remove(self) -> None:
