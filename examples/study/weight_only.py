@@ -1,4 +1,5 @@
-"""Data-free quantization of the weights alone, one scale for 64 of them: this package's rounding, HQQ, SINQ, a second axis.
+"""Data-free quantization of the weights alone, one scale for 64 of them: this package's rounding, HQQ, SINQ, a second axis,
+and what `ZSAQConfig` makes of it.
 
 One language model; inputs, embeddings and head stay float, nothing is calibrated and nothing tuned on the text that is
 measured. HQQ and SINQ are written here from what their authors published, so neither package is needed. The data folder
@@ -16,7 +17,7 @@ from prequant_tables import Rows, circumstances, markdown
 from runner import Cell
 from torch import Tensor, nn
 
-from optimum_zsaq import PreQuantConfig, QuantSpec
+from optimum_zsaq import LowBitConfig, PreQuantConfig, QuantSpec, ZSAQConfig
 from optimum_zsaq.ops import fake_quantize, find_ranges
 from optimum_zsaq.surgery import select
 
@@ -215,7 +216,7 @@ QUANTIZERS: dict[str, Callable[..., Tensor]] = {
 
 
 def schemes() -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """(method, what of it, settings) of every row; "prequant" is the package's `PreQuantConfig`."""
+    """(method, what of it, settings) of every row; "prequant" and "zsaq" are the package's configs."""
     for name, symmetric in SYMMETRIC.items():
         yield "prequant", name, {"symmetric": symmetric}
     yield "hqq", "asymmetric", {}
@@ -224,6 +225,7 @@ def schemes() -> Iterator[tuple[str, str, dict[str, Any]]]:
         for columns in ("deviation", "sinkhorn"):
             yield "second-axis", f"{columns}-{name}", {"columns": columns, "symmetric": symmetric}
         yield "rescaled", name, {"symmetric": symmetric}
+    yield "zsaq", "asymmetric", {"symmetric": False}
 
 
 def cells() -> list[Cell]:
@@ -245,20 +247,21 @@ def run_cell(cell: Cell, data: Path) -> dict[str, Any]:
     settings = dict(cell.settings)
     bits = settings.pop("bits")
     config = config_of(bits, settings.get("symmetric", False))
-    model = load(quantization_config=config) if cell.method == "prequant" else load()
-    if cell.method != "prequant":
+    own = {"prequant": config, "zsaq": config_of(bits, settings.get("symmetric", False), ZSAQConfig)}
+    model = load(quantization_config=own[cell.method]) if cell.method in own else load()
+    if cell.method not in own:
         apply(model, config, lambda weight: QUANTIZERS[cell.method](weight, bits, GROUP, **settings))
     return {**_measure_text(TASK, model, reference, data), "error": weight_error(model, reference, config)}
 
 
-def config_of(bits: int, symmetric: bool) -> PreQuantConfig:
+def config_of(bits: int, symmetric: bool, kind: type[LowBitConfig] = PreQuantConfig) -> LowBitConfig:
     """The package's config of weights alone."""
     floats = {"activation_bits": None, "embedding_bits": None}
-    return PreQuantConfig(weight_bits=bits, granularity="group", group_size=GROUP, symmetric=symmetric, **floats)
+    return kind(weight_bits=bits, granularity="group", group_size=GROUP, symmetric=symmetric, **floats)
 
 
 @torch.no_grad()
-def apply(model: nn.Module, config: PreQuantConfig, quantizer: Callable[[Tensor], Tensor]) -> None:
+def apply(model: nn.Module, config: LowBitConfig, quantizer: Callable[[Tensor], Tensor]) -> None:
     """Replace, in place, the weights of the layers that a config would quantize by what a quantizer makes of them."""
     for name in select(model, config.scheme()):
         weight = model.get_submodule(name).weight
@@ -266,7 +269,7 @@ def apply(model: nn.Module, config: PreQuantConfig, quantizer: Callable[[Tensor]
 
 
 @torch.no_grad()
-def weight_error(model: nn.Module, reference: nn.Module, config: PreQuantConfig) -> float:
+def weight_error(model: nn.Module, reference: nn.Module, config: LowBitConfig) -> float:
     """Norm of the error of all quantized weights over the norm of the weights."""
     error = norm = 0.0
     for name in select(reference, config.scheme()):
