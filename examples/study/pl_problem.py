@@ -9,7 +9,7 @@ The problem: min over w (10,) max over theta (20,) of
 
 with U orthogonal, A (10, 20) of full rank and C (10, 10).
 
-- h is PL with the constant 1/32 and not convex (https://huggingface.co/papers/1608.04636, section 2.2), so -F is PL in
+- h is PL with the constant 1/32 and not convex (https://huggingface.co/papers/1608.04636), so -F is PL in
   theta with the constant sigma_min(A)^2 / 32. F is not concave in theta, and constant along the null space of A.
 - h is at least 0, and 0 at 0; A theta reaches every C w. So the maximum of F over theta is Phi, with a gradient in closed
   form. Phi is not convex: it has many local minima.

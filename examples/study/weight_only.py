@@ -86,7 +86,7 @@ def hqq(weight: Tensor, bits: int, group_size: int) -> Tensor:
 
 
 def shrink(x: Tensor, beta: float) -> Tensor:
-    """Generalised soft threshold of the l_p norm, sign(x) * max(0, |x| - |x|^(p - 1) / beta), p = 0.7 (the blog, eq. 5).
+    """Generalised soft threshold of the l_p norm, sign(x) * max(0, |x| - |x|^(p - 1) / beta), p = 0.7 (the blog).
 
     With beta = 10 it is 0 for |x| < 0.17: errors of common weights are smaller, and the zero point is then the one at which
     the mean error of the group is 0.
@@ -100,7 +100,7 @@ def sinq(weight: Tensor, bits: int, group_size: int) -> Tensor:
 
     Shapes: weight (O, I) float32 -> (O, I) float32. A group has a scale and an integer zero point, a column has a scale.
 
-    Source: https://arxiv.org/abs/2509.22944 (section 2.2) and sinq 0.2.0 ("1D" tiles; it does not balance a matrix of
+    Source: https://arxiv.org/abs/2509.22944 and sinq 0.2.0 ("1D" tiles; it does not balance a matrix of
     kurtosis above 5, this does).
 
     Raises:
@@ -121,7 +121,7 @@ def balance(tiles: Tensor) -> tuple[Tensor, Tensor]:
 
     Shapes: tiles (T, O, g) -> rows (T, O, 1) and columns (T, 1, g), to divide by. A tile stops where its imbalance rises.
 
-    Source: SINQ's algorithm 1; the bounds of steps and sums are those of sinq 0.2.0 (`sinkhorn_log`).
+    Source: sinq 0.2.0; the bounds of steps and sums too (`sinkhorn_log`).
     """
     logs = [torch.zeros_like(tiles[:, :, :1]), torch.zeros_like(tiles[:, :1, :])]
     best = [log.exp() for log in logs]
@@ -145,7 +145,7 @@ def _deviations(tiles: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def imbalance(tiles: Tensor) -> Tensor:
-    """The largest standard deviation of a row or column over the smallest (SINQ, eq. 5): (T, O, g) -> (T, 1, 1)."""
+    """The largest standard deviation of a row or column over the smallest (as SINQ defines imbalance): (T, O, g) -> (T, 1, 1)."""
     rows, columns = _deviations(tiles)
     largest = torch.maximum(rows.amax(dim=1, keepdim=True), columns.amax(dim=2, keepdim=True))
     return largest / torch.minimum(rows.amin(dim=1, keepdim=True), columns.amin(dim=2, keepdim=True)).clamp(min=1e-12)

@@ -5,7 +5,7 @@
 with one norm over the weights of all low-bit layers; biases, norms, step sizes and layers that stayed float are not moved.
 The radius is relative because a model can be scaled without changing what it computes, which scales an absolute one. Three
 directions: the gradient (SAM, https://huggingface.co/papers/2010.01412, eq. 2), projected gradient ascent
-(https://huggingface.co/papers/1706.06083, section 2.1), and random ones.
+(https://huggingface.co/papers/1706.06083), and random ones.
 
 The perturbation stands in the layers' `perturbation` slot and the gradient is that of the slot, so it counts a weight that
 was clipped too, where the straight-through gradient of the master weight is 0. Where inputs are quantized, it is
