@@ -145,7 +145,7 @@ def _deviations(tiles: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def imbalance(tiles: Tensor) -> Tensor:
-    """The largest standard deviation of a row or column over the smallest (as SINQ defines imbalance): (T, O, g) -> (T, 1, 1)."""
+    """The largest standard deviation of a row or column over the smallest (as in SINQ): (T, O, g) -> (T, 1, 1)."""
     rows, columns = _deviations(tiles)
     largest = torch.maximum(rows.amax(dim=1, keepdim=True), columns.amax(dim=2, keepdim=True))
     return largest / torch.minimum(rows.amin(dim=1, keepdim=True), columns.amin(dim=2, keepdim=True)).clamp(min=1e-12)
