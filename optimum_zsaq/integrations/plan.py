@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from .zero_shot import AUTO_RANGES, find_start, start_run
+from .zero_shot import find_start, start_run
 from .zsaq import ZSAQConfig
 
 
@@ -52,12 +52,10 @@ def _starting(run: Any, config: ZSAQConfig) -> float:
     held_out, found = [run.complete(run.generator.sample(config.batch_size))], []
     for batches in (1, 2):
         trial = copy.copy(config)
-        trial.ranges = AUTO_RANGES[0] if config.ranges == "auto" else config.ranges
         trial.start_sequences = min(_TRIAL, config.start_sequences) * batches
         found.append(_timed(lambda trial=trial: find_start(run, trial, held_out), 1))
     each = max(0.0, found[1] - found[0]) if config.start == "compensated" else 0.0
-    methods = len(AUTO_RANGES) if config.ranges == "auto" else 1
-    return methods * (found[0] + each * max(0.0, config.start_sequences / _TRIAL - 1.0))
+    return found[0] + each * max(0.0, config.start_sequences / _TRIAL - 1.0)
 
 
 def _timed(work: Callable[[], Any], times: int) -> float:

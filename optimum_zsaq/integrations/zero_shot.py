@@ -19,6 +19,7 @@ from transformers.utils.logging import tqdm
 from ..algorithms.compensation import compensate
 from ..algorithms.generators import Batch, Generator, PriorSource, SequenceForm, Source, token_prior
 from ..algorithms.minimax import Minimax, MinimaxSettings, discrepancy
+from ..layers import LowBitLayer
 from ..surgery import find_layer_ranges, low_bit_layers, pack, prepare
 from .data import fitting_length, special_tokens, uncached_batch
 from .recipe import calibrate_on_load
@@ -30,7 +31,6 @@ logger = logging.getLogger(__name__)
 
 _LONGEST_WRITTEN, _LONGEST = 128, 32  # tokens of a sequence, of decoders and of other models: our choice
 _START_BATCH = 64  # sequences run together when errors are compensated
-AUTO_RANGES = ("mse", "lsq")
 _HELD_OUT = 8  # batches that D is measured on, before and after
 _SAVED_EVERY = 25  # steps
 
@@ -112,7 +112,7 @@ def train_on_load(model: PreTrainedModel, config: ZSAQConfig) -> dict[str, Any]:
     run = start_run(model, config)
     held_out = [run.complete(run.generator.sample(config.batch_size)) for _ in range(_HELD_OUT)]
     state = TrainingState(config, run)
-    config.ranges, won = state.load() or find_start(run, config, held_out)
+    won = state.load() or find_start(run, config, held_out)
     with tqdm(total=config.steps, initial=run.done, desc="Training without data", unit="step", leave=False) as bar:
         while run.done < config.steps:
             loss = run.step()["loss"]
@@ -120,7 +120,7 @@ def train_on_load(model: PreTrainedModel, config: ZSAQConfig) -> dict[str, Any]:
             bar.update()
             bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
             if run.done % _SAVED_EVERY == 0:
-                state.save((config.ranges, won))
+                state.save(won)
     won["trained"] = measure(run, held_out)
     state.remove()
     model.zero_grad(set_to_none=True)
@@ -138,47 +138,35 @@ def start_run(model: PreTrainedModel, config: ZSAQConfig) -> Minimax:
     for p in model.parameters():
         p.data = p.data.float()
     teacher = copy.deepcopy(model)
-    prepare(model, config.scheme(), AUTO_RANGES[0] if config.ranges == "auto" else config.ranges)
+    prepare(model, config.scheme(), "mse" if config.ranges == "auto" else config.ranges)
+    if config.ranges == "auto":
+        find_layer_ranges({name: layer for name, layer in low_bit_layers(model) if _wants_lsq(layer)}, "lsq")
+    calibrate_on_load(model, config)
     generator = make_generator(teacher, config)
     settings = replace(config.settings(), autocast=autocast_dtype(config.autocast, model.device))
     run = make_minimax(teacher, model, generator, settings)
     return run
 
 
-def find_start(run: Minimax, config: ZSAQConfig, held_out: list[Batch]) -> tuple[str, dict[str, dict[str, float]]]:
-    """Round the student and, if the config says so, compensate the errors, in place; with a progress bar.
+def _wants_lsq(layer: LowBitLayer) -> bool:
+    """One scale for a whole matrix at 2 bits: "mse" would clip the weights that count (docs/methods/zsaq.md)."""
+    return layer.owner is layer and (layer.spec.weight.bits, layer.spec.weight.granularity) == (2, "tensor")
+
+
+def find_start(run: Minimax, config: ZSAQConfig, held_out: list[Batch]) -> dict[str, dict[str, float]]:
+    """Compensate the errors of a rounded student, in place, if the config says so; with a progress bar.
 
     Returns:
-        `tuple`: how ranges were found (of several methods the one that ends nearest to the teacher); what was measured.
+        `dict`: what was measured of it "rounded" and "compensated".
     """
-    layers = {name: layer for name, layer in low_bit_layers(run.student) if layer.owner is layer}
-    masters = {name: layer.master().detach().clone() for name, layer in layers.items()}
-    methods = AUTO_RANGES if config.ranges == "auto" else (config.ranges,)
-    batches, best = _start_batches(run, config), None
-    for method in methods:
-        with torch.no_grad():
-            for name, layer in layers.items():
-                layer.master().copy_(masters[name])
-        find_layer_ranges(layers, method)
-        calibrate_on_load(run.student, config)
-        won = {"rounded": measure(run, held_out)}
-        if batches:
-            with _progress(100, f"Compensating errors ({method})", "%") as watch:
-                compensate(run.teacher, run.student, batches, watch=_in_percent(watch))
-            won["compensated"] = measure(run, held_out)
-        distance = list(won.values())[-1]["discrepancy"]
-        if best is None or distance < best[0]:
-            best = distance, method, won, copy.deepcopy(run.student.state_dict()) if len(methods) > 1 else None
-    if best[-1] is not None:
-        run.student.load_state_dict(best[-1])
-    return best[1], best[2]
-
-
-def _start_batches(run: Minimax, config: ZSAQConfig) -> list[Batch]:
-    if config.start != "compensated":
-        return []
-    size = min(_START_BATCH, config.start_sequences)
-    return [run.complete(run.generator.sample(size)) for _ in range(-(-config.start_sequences // size))]
+    won = {"rounded": measure(run, held_out)}
+    if config.start == "compensated":
+        size = min(_START_BATCH, config.start_sequences)
+        batches = [run.complete(run.generator.sample(size)) for _ in range(-(-config.start_sequences // size))]
+        with _progress(100, "Compensating errors", "%") as watch:
+            compensate(run.teacher, run.student, batches, watch=_in_percent(watch))
+        won["compensated"] = measure(run, held_out)
+    return won
 
 
 def _in_percent(watch: Callable[[int], Any]) -> Callable[[str, float], None]:
@@ -243,7 +231,7 @@ class TrainingState:
         self.path, self.run = config.state and Path(config.state), run
         self._of = {"config": repr(sorted(config.to_dict().items(), key=str)), "teacher": _checksum(run.teacher)}
 
-    def load(self) -> Any:
+    def load(self) -> dict[str, dict[str, float]] | None:
         """Go on from the file, if there is one; gives what `save` was given.
 
         Raises:
@@ -263,15 +251,15 @@ class TrainingState:
             raise ValueError(f"{self.path} is the state of a training with {what}; delete it, or name another file")
         self.run.load_state_dict(state["run"])
         logger.warning("Going on from step %d of %d, kept in %s", self.run.done, self.run.settings.steps, self.path)
-        return state["start"]
+        return state["won"]
 
-    def save(self, start: Any) -> None:
-        """Keep the training as it is now, and what is known of its start."""
+    def save(self, won: dict[str, dict[str, float]]) -> None:
+        """Keep the training as it is now, and what was measured of its start."""
         if self.path is None:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         beside = self.path.with_name(f".{self.path.name}.part")
-        torch.save({"of": self._of, "start": start, "run": self.run.state_dict()}, beside)
+        torch.save({"of": self._of, "won": won, "run": self.run.state_dict()}, beside)
         beside.replace(self.path)
 
     def remove(self) -> None:

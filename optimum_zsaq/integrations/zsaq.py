@@ -48,8 +48,7 @@ class ZSAQConfig(LowBitConfig):
             in memory, which writes text; "auto": "teacher" where the model can write, else "noise"; or
             a `Source` of your own. Its name is stored.
         written_sequences (`int`): how many sequences are written, before training, and drawn from.
-        ranges (`str`): as in `LowBitConfig`, or "auto": of "mse" and "lsq" the one that leaves the model nearer to the
-            float one on generated inputs; what was chosen is stored.
+        ranges (`str`): as in `LowBitConfig`, or "auto": "lsq" for 2 bits with one scale a matrix, else "mse".
         start (`str`): "compensated": the codes from which training starts make up for each other's errors, see
             `algorithms/compensation.py`; "rounding": each weight is rounded on its own.
         start_sequences (`int`): generated sequences that "compensated" looks at.
