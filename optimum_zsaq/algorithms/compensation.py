@@ -6,8 +6,8 @@ A layer's codes are to give (W X_float) from the inputs X that the low-bit layer
 
 Column after column is rounded, and its error is spread over the columns to come by the inverse of X X^T: GPTQ,
 https://huggingface.co/papers/2210.17323. W' corrects for what the layers before have changed (as GPTAQ does,
-https://huggingface.co/papers/2504.02692); alpha = 1 is the whole correction, and less is better where inputs are few: our
-choice, measured in docs/methods/zsaq.md.
+https://huggingface.co/papers/2504.02692); alpha = 1 is the whole correction, and less is better where inputs are few or
+unlike real ones; how much is our choice.
 """
 
 import math

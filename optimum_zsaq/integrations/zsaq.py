@@ -67,7 +67,7 @@ class ZSAQConfig(LowBitConfig):
     Raises:
         ValueError: see `LowBitConfig`, `MinimaxSettings` and `SharpnessSettings`.
 
-    Source: https://huggingface.co/papers/2310.13315; every default is our choice, measured in docs/methods/zsaq.md, the
+    Source: https://huggingface.co/papers/2310.13315; every default is our choice (docs/methods/zsaq.md), the
     paper's are unknown to us.
     """
 

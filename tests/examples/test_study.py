@@ -1,5 +1,6 @@
 """The study runner: resume, torn lines, failing and dying cells, Ctrl-C; the docs' tables are those of the results."""
 
+import importlib
 import json
 import os
 import signal
@@ -162,17 +163,19 @@ def test_fill_errors(study, text, message):
         tables.fill(text, {"one": "new"})
 
 
-def test_tables_in_the_docs_are_those_of_the_results():
-    command = [sys.executable, STUDY / "tables.py", "prequant", "--results", ROOT / "docs/results", "--check", "--write"]
-    done = subprocess.run([*command, ROOT / "docs/methods/prequant.md"], capture_output=True, text=True)
+@pytest.mark.parametrize("name", ["prequant", "zsaq", "weight_only"])
+def test_tables_in_the_docs_are_those_of_the_results(name):
+    command = [sys.executable, STUDY / "tables.py", name, "--results", ROOT / "docs/results", "--check", "--write"]
+    done = subprocess.run([*command, ROOT / f"docs/methods/{name}.md"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
-def test_cells_of_the_study_are_what_the_results_hold(study):
-    import prequant
-
-    rows = study.read_results(ROOT / "docs/results/prequant.jsonl")
-    assert set(rows) == {cell.id for cell in prequant.cells()}
+@pytest.mark.parametrize("name", ["prequant", "zsaq", "weight_only"])
+def test_results_are_of_cells_that_the_study_has(study, name):
+    """All of them, but for the studies that still grow."""
+    rows = study.read_results(ROOT / f"docs/results/{name}.jsonl")
+    cells = {cell.id for cell in importlib.import_module(name).cells()}
+    assert set(rows) == cells if name == "prequant" else set(rows) <= cells
 
 
 # Paired bootstrap
