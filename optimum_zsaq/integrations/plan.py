@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from .zero_shot import find_start, start_run
+from .zero_shot import find_start, sized, start_run
 from .zsaq import ZSAQConfig
 
 
@@ -27,6 +27,7 @@ def plan_training(model: PreTrainedModel, config: ZSAQConfig) -> dict[str, Any]:
     Raises:
         ValueError: see `make_generator`.
     """
+    config = sized(config, model)
     trial = copy.copy(config)
     trial.written_sequences = min(_TRIAL, config.written_sequences)
     started = time.perf_counter()

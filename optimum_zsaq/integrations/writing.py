@@ -133,6 +133,8 @@ def load_generator(generator: PreTrainedModel | str | Path) -> PreTrainedModel:
             f"generator={str(generator)!r} holds a {readers[0]}, which writes no text; give a causal language model, "
             "or use 'noise'"
         )
+    if model.dtype == torch.float16 and model.device.type == "cpu":  # which processors do not multiply
+        model.to(torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32)
     return model.eval()
 
 

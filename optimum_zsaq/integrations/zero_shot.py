@@ -40,16 +40,27 @@ def writes_text(model: PreTrainedModel) -> bool:
     return model.can_generate() and not model.config.is_encoder_decoder
 
 
+def longest_sequence(config: ZSAQConfig, model: PreTrainedModel) -> int:
+    """Tokens of the longest sequence that a model is trained on."""
+    usual = _LONGEST_WRITTEN if writes_text(model) else _LONGEST
+    return config.sequence_length or fitting_length(model, usual)
+
+
+def sized(config: ZSAQConfig, model: PreTrainedModel) -> ZSAQConfig:
+    """A copy of a config whose counts of sequences are all set, for this model."""
+    return config.sized(longest_sequence(config, model))
+
+
 def make_generator(teacher: PreTrainedModel, config: ZSAQConfig) -> Generator:
     """The generator that a config asks for; what has to be written is written now, with a progress bar.
 
     Raises:
         ValueError: "teacher" for a model that writes nothing; see `writing.py`.
     """
+    config = sized(config, teacher)
     first, last, special, _ = special_tokens(teacher, tokenizer_or_none(teacher))
-    decoder = writes_text(teacher)
-    longest = config.sequence_length or fitting_length(teacher, _LONGEST_WRITTEN if decoder else _LONGEST)
-    shortest = longest if decoder else min(longest, max(SHORTEST, len(first) + len(last) + 1))
+    longest = longest_sequence(config, teacher)
+    shortest = longest if writes_text(teacher) else min(longest, max(SHORTEST, len(first) + len(last) + 1))
     form = SequenceForm(first, last, shortest, longest)
     table = teacher.get_input_embeddings().weight
     prior = token_prior(table, special)
@@ -108,6 +119,7 @@ def train_on_load(model: PreTrainedModel, config: ZSAQConfig) -> dict[str, Any]:
     """
     _check_all_read(model)
     started, packed = time.perf_counter(), config.packed  # `prepare` notes in the config what the model is now
+    config = sized(config, model)
     dtypes = {name: p.dtype for name, p in model.named_parameters()}
     run = start_run(model, config)
     held_out = [run.complete(run.generator.sample(config.batch_size)) for _ in range(_HELD_OUT)]

@@ -14,7 +14,7 @@ AUTOCASTS = ("auto", "bfloat16", "float32")
 SHORTEST = 5  # tokens of the shortest sequence, special ones included
 _MINIMAX = {
     "steps": 200,
-    "batch_size": 32,
+    "batch_size": None,
     "learning_rate": 1e-4,
     "scale_learning_rate": 1e-4,
     "generator_every": 0,
@@ -24,13 +24,14 @@ _MINIMAX = {
     "hidden_weight": 1.0,
     "sharp_from": 0.0,
 }
+_TOKENS = {"batch_size": 2**10, "written_sequences": 2**16, "start_sequences": 2**14}  # what None stands for, in tokens
 _SHARPNESS = {"rho": 0.0, "adaptive": False, "perturb": "quantized"}
 _OWN = {
     "sequence_length": None,
     "generator": "auto",
-    "written_sequences": 512,
+    "written_sequences": None,
     "start": "compensated",
-    "start_sequences": 512,
+    "start_sequences": None,
     "autocast": "auto",
     "state": None,
 }
@@ -40,18 +41,20 @@ class ZSAQConfig(LowBitConfig):
     """Zero-shot quantization: training without data, against the float model, on inputs that a generator makes.
 
     Args:
-        steps (`int`), batch_size (`int`): student steps, sequences a step.
+        steps (`int`): student steps.
+        batch_size (`int`, *optional*): sequences a step; None: as many as make 1,024 tokens, if all were the longest.
         sequence_length (`int`, *optional*): tokens of the longest sequence; None: 128 for decoders, else 32.
         learning_rate, scale_learning_rate (`float`): of the weights, and of the step sizes of weights and static inputs.
         generator: "noise": tokens drawn from a guess of how frequent each is; "teacher": what the model itself writes (a
             decoder), or answers to noise (an encoder-decoder model); the path or Hub id of a causal language model, or one
             in memory, which writes text; "auto": "teacher" where the model can write, else "noise"; or
             a `Source` of your own. Its name is stored.
-        written_sequences (`int`): how many sequences are written, before training, and drawn from.
+        written_sequences (`int`, *optional*): how many sequences are written, before training, and drawn from; None:
+            65,536 tokens.
         ranges (`str`): as in `LowBitConfig`, or "auto": "lsq" for 2 bits with one scale a matrix, else "mse".
         start (`str`): "compensated": the codes from which training starts make up for each other's errors, see
             `algorithms/compensation.py`; "rounding": each weight is rounded on its own.
-        start_sequences (`int`): generated sequences that "compensated" looks at.
+        start_sequences (`int`, *optional*): generated sequences that "compensated" looks at; None: 16,384 tokens.
         rho (`float`), adaptive (`bool`), perturb (`str`): SAM, see `SharpnessSettings`; rho=0.0 is AdamW.
         sharp_from (`float`): share of the steps that are made before SAM begins.
         generator_every (`int`), generator_learning_rate (`float`), entropy (`float`): ascent of the generator, see
@@ -91,8 +94,9 @@ class ZSAQConfig(LowBitConfig):
         if length is not None and (not isinstance(length, int) or length < SHORTEST):
             raise ValueError(f"sequence_length={length!r} is too short; use an integer of at least {SHORTEST}, or None")
         for name in ("written_sequences", "start_sequences"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)!r} is no count; use an integer of at least 1")
+            count = getattr(self, name)
+            if count is not None and (not isinstance(count, int) or count < 1):
+                raise ValueError(f"{name}={count!r} is no count; use an integer of at least 1, or None")
         for name, allowed in (("start", STARTS), ("autocast", AUTOCASTS)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not allowed; use one of {allowed}")
@@ -104,7 +108,16 @@ class ZSAQConfig(LowBitConfig):
     def settings(self) -> MinimaxSettings:
         """What `algorithms/minimax.py` is given."""
         sharpness = SharpnessSettings(**{name: getattr(self, name) for name in _SHARPNESS})
-        return MinimaxSettings(sharpness=sharpness, **{name: getattr(self, name) for name in _MINIMAX})
+        given = {name: getattr(self, name) for name in _MINIMAX if name != "batch_size" or self.batch_size is not None}
+        return MinimaxSettings(sharpness=sharpness, **given)
+
+    def sized(self, longest: int) -> "ZSAQConfig":
+        """A copy whose counts of sequences are all set. Args: longest (`int`): tokens of the longest sequence."""
+        found = copy.copy(self)
+        for name, tokens in _TOKENS.items():
+            if getattr(self, name) is None:
+                setattr(found, name, max(1, tokens // longest))
+        return found
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON that is stored: of the generator only its name."""

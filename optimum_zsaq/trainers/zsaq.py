@@ -30,7 +30,7 @@ _UNUSED = ("train_dataset", "compute_loss_func", "model_init")
 
 @dataclass
 class ZSAQArguments(TrainingArguments):
-    """`TrainingArguments` and what zero-shot training adds; every default is `ZSAQConfig`'s.
+    """`TrainingArguments` and what zero-shot training adds; the defaults are `ZSAQConfig`'s.
 
     A step takes per_device_train_batch_size * gradient_accumulation_steps sequences a process, which are drawn anew for
     each step: there are no epochs, max_steps is the length. Weights are float32; bf16 is the dtype of matmuls.
@@ -42,7 +42,7 @@ class ZSAQArguments(TrainingArguments):
         generator_every (`int`), generator_learning_rate (`float`), entropy (`float`): ascent of the generator, see
             `MinimaxSettings`; generator_every=0 leaves it as it starts.
         output_weight, hidden_weight (`float`): what the discrepancy consists of.
-        sequence_length (`int`, *optional*), written_sequences (`int`): of the generator, see `ZSAQConfig`.
+        sequence_length (`int`, *optional*), written_sequences (`int`, *optional*): of the generator, see `ZSAQConfig`.
 
     Raises:
         ValueError: a value out of range (see `ZSAQConfig`, `MinimaxSettings`, `SharpnessSettings`); max_steps is below 1.
@@ -52,9 +52,7 @@ class ZSAQArguments(TrainingArguments):
 
     max_steps: int = field(default=_DEFAULTS.steps, metadata={"help": "Student steps."})
     learning_rate: float = field(default=_DEFAULTS.learning_rate, metadata={"help": "Of the weights."})
-    per_device_train_batch_size: int = field(
-        default=_DEFAULTS.batch_size, metadata={"help": "Sequences drawn for a step and a device."}
-    )
+    per_device_train_batch_size: int = field(default=32, metadata={"help": "Sequences drawn for a step and a device."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "The schedule of both learning rates."})
     warmup_steps: float = field(default=0.1, metadata={"help": "Steps of warm-up, or below 1 their share of all."})
     rho: float = field(default=_DEFAULTS.rho, metadata={"help": "Radius of sharpness-aware training; 0: none."})
@@ -80,7 +78,7 @@ class ZSAQArguments(TrainingArguments):
     sequence_length: int | None = field(
         default=_DEFAULTS.sequence_length, metadata={"help": "Tokens of the longest sequence."}
     )
-    written_sequences: int = field(
+    written_sequences: int | None = field(
         default=_DEFAULTS.written_sequences, metadata={"help": "Sequences that the generator's model writes."}
     )
 
