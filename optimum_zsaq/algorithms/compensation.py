@@ -110,7 +110,7 @@ def _compensate_unit(
     settings: CompensationSettings,
 ) -> tuple[list, list]:
     """Layers that share an input together, the groups in the order in which they run; gives both units' outputs."""
-    groups = _groups(student, student_calls[0])
+    groups = input_groups(student, student_calls[0])
     first = [teacher.get_submodule(group[0]) for group in groups]
     wanted, outputs = layer_inputs(teacher, teacher_calls, first)
     for group, float_inputs in zip(groups, wanted, strict=True):
@@ -129,7 +129,7 @@ def _shapes(inputs: list[list[Tensor]]) -> list[list[torch.Size]]:
     return [[x.shape for x in part] for part in inputs]
 
 
-def _groups(unit: nn.Module, call: Call) -> list[list[str]]:
+def input_groups(unit: nn.Module, call: Call) -> list[list[str]]:
     """The names of a unit's layers as they run, those that are given the same tensor one after the other together.
 
     A layer that runs again, on other inputs too, is alone.

@@ -1,6 +1,6 @@
 """Module-wise reconstruction (MREM): stages of a model learn to return what the float model's stages return.
 
-    min over w_n, s_n of  sum over the blocks l of stage n of  mean of |f^_l - f_l|^2 / |f_l|^2
+    min over w_n, s_n of  sum over the blocks l of stage n of  |f^_l - f_l|^2 / |f_l|^2
 
 over weights w and step sizes s, with straight-through gradients that never leave the stage: NeurIPS 2022, "Towards
 Efficient Post-training Quantization of Pre-trained Language Models". `SequentialReconstruction` (MREM-S) trains one stage
@@ -85,7 +85,7 @@ class ReconstructionSettings:
 
 
 def reconstruction_error(found: dict[str, Tensor], wanted: dict[str, Tensor], batch: Batch, output_weight: float) -> Tensor:
-    """The sum over what is wanted of the mean of |found - wanted|^2 / |wanted|^2, each position on its own.
+    """The sum over what is wanted of |found - wanted|^2 / |wanted|^2, both taken over all positions together.
 
     Args:
         found, wanted (`dict[str, Tensor]`): see `stages.run_stage`; what is not wanted does not count.
@@ -97,12 +97,12 @@ def reconstruction_error(found: dict[str, Tensor], wanted: dict[str, Tensor], ba
     total = torch.zeros((), device=next(iter(wanted.values())).device)
     for name, target in wanted.items():
         target = target.float()
-        error = (found[name].float() - target).square().sum(dim=-1) / target.square().sum(dim=-1).clamp(min=1e-12)
+        error, size = (found[name].float() - target).square().sum(dim=-1), target.square().sum(dim=-1)
         masks = [batch[m] for m in MASKS if batch.get(m) is not None and batch[m].shape == error.shape]
         if masks:
             counts = torch.stack(masks).bool().all(dim=0)
-            error = error[counts]
-        total = total + (output_weight if name in OUTPUTS else 1.0) * error.mean()
+            error, size = error[counts], size[counts]
+        total = total + (output_weight if name in OUTPUTS else 1.0) * error.sum() / size.sum().clamp(min=1e-12)
     return total
 
 
@@ -131,13 +131,7 @@ class StageTraining:
         own = [student.get_parameter(name) for name in stage.parameters]
         self.scales = [p for p in own if id(p) in scales]
         self.weights = [p for p in own if p.is_floating_point() and id(p) not in kept]
-        groups = [
-            {"params": self.weights, "lr": settings.learning_rate},
-            {"params": self.scales, "lr": settings.scale_learning_rate},
-        ]
-        self.optimizer = torch.optim.AdamW([g for g in groups if g["params"]], weight_decay=0.0, fused=True)
-        keep_positive(self.optimizer, self.scales)
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, partial(warm_cosine, settings.steps))
+        self.optimizer, self.schedule = make_optimizer(self.weights, self.scales, settings)
         self.done = 0
 
     @torch.enable_grad()
@@ -194,6 +188,19 @@ class StageTraining:
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
         self.done = state["done"]
+
+
+def make_optimizer(
+    weights: list[nn.Parameter], scales: list[nn.Parameter], settings: ReconstructionSettings
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+    """Optimizer and schedule; step sizes have a rate of their own and stay positive."""
+    groups = [
+        {"params": weights, "lr": settings.learning_rate},
+        {"params": scales, "lr": settings.scale_learning_rate},
+    ]
+    optimizer = torch.optim.AdamW([g for g in groups if g["params"]], weight_decay=0.0, fused=True)
+    keep_positive(optimizer, scales)
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, partial(warm_cosine, settings.steps))
 
 
 def own_tensors(student: nn.Module, stage: Stage) -> dict[str, Tensor]:
