@@ -40,7 +40,7 @@ def reconstruct_layers(
     Raises:
         ValueError: see `reconstruction.check_models` and `replay.units`.
     """
-    check_models(teacher, student, batches)
+    check_models(teacher, student, batches, settings)
     replays = Replay(teacher, batches), Replay(student, batches)
     for unit in units(student, batches[0]):
         calls = [replay.inputs(unit) for replay in replays]

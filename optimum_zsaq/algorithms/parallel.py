@@ -20,7 +20,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from .reconstruction import Batch, ReconstructionSettings, StageTraining, batch_order, check_models, wanted_states
+from .reconstruction import (
+    Batch,
+    ReconstructionSettings,
+    StageTraining,
+    batch_order,
+    check_models,
+    compensate_stage,
+    start_batches,
+    wanted_states,
+)
 from .stages import Memory, Stage, cut, run_stage
 
 
@@ -112,7 +121,7 @@ class ParallelReconstruction:
     """
 
     def __init__(self, teacher: nn.Module, student: nn.Module, batches: Sequence[Batch], settings: ReconstructionSettings):
-        check_models(teacher, student, batches)
+        check_models(teacher, student, batches, settings)
         if {id(p) for p in teacher.parameters()} & {id(p) for p in student.parameters()}:
             raise ValueError("teacher and student share weights; make the student from copy.deepcopy(teacher)")
         self.teacher, self.student, self.batches, self.settings = teacher, student, batches, settings
@@ -135,6 +144,7 @@ class ParallelReconstruction:
         started = self.workers[0].training.done
         order = source(len(self.batches), self.settings, started)
         if not started:
+            start(self.teacher, self.student, self.stages, self.stages, self.batches, self.settings)
             warm_up(self.workers, self.queues, order)
         for _ in range(started, self.settings.steps):
             self.queues[0].append(next(order))
@@ -154,6 +164,26 @@ class ParallelReconstruction:
         for worker, known in zip(self.workers, state["workers"], strict=True):
             worker.load_state_dict(known)
         self.queues = [deque(Entry(**entry) for entry in queue) for queue in state["queues"]]
+
+
+@torch.no_grad()
+def start(
+    teacher: nn.Module,
+    student: nn.Module,
+    stages: Sequence[Stage],
+    own: Sequence[Stage],
+    batches: Sequence[Batch],
+    settings: ReconstructionSettings,
+) -> None:
+    """Compensate the rounding errors of some stages, in place, each on what the float stages before it return."""
+    if settings.start != "compensated":
+        return
+    chosen = [batches[i] for i in start_batches(len(batches), settings)]
+    memories: list[Memory] = [{} for _ in chosen]
+    for stage in stages[: own[-1].index + 1]:
+        if stage in own:
+            compensate_stage(teacher, student, stage, chosen, [(memory, memory) for memory in memories])
+        memories = [run_stage(teacher, stage, batch, m)[1] for batch, m in zip(chosen, memories, strict=True)]
 
 
 def source(count: int, settings: ReconstructionSettings, done: int = 0) -> Iterator[Entry]:

@@ -20,11 +20,14 @@ from torch import Tensor, nn
 
 from ..layers.common import SCALES
 from ..surgery import low_bit_layers
+from .compensation import CompensationSettings, check_compensable, compensate_units
 from .minimax import keep_positive, warm_cosine
+from .replay import Replay, units
 from .stages import OUTPUTS, Memory, Stage, cut, run_stage
 
 
 TARGETS = ("all", "last")
+STARTS = ("compensated", "rounding")
 MASKS = ("attention_mask", "decoder_attention_mask")
 
 Batch = dict[str, Any]
@@ -45,6 +48,9 @@ class ReconstructionSettings:
             last stage learns too; 0: only block outputs are learned, and a head or pooler is left as it was rounded.
         max_norm (`float`): gradients are clipped to this 2-norm.
         autocast (`torch.dtype`, *optional*): of the matmuls, such as bfloat16; weights and optimizer stay float32.
+        start (`str`): "compensated": before a stage is trained, its codes are made to make up for each other's errors
+            (`compensation.py`); "rounding": each weight is rounded on its own.
+        start_batches (`int`): batches that "compensated" looks at, spread evenly over all.
         seed (`int`): of the order of the batches.
         queue (`int`): MREM-P's t0: batches that fill each queue before training begins, and how many steps behind a stage's
             inputs are then.
@@ -63,12 +69,14 @@ class ReconstructionSettings:
     output_weight: float = 1.0
     max_norm: float = 1.0
     autocast: torch.dtype | None = None
+    start: str = "compensated"
+    start_batches: int = 8
     seed: int = 0
     queue: int = 8
     forcing: float = 0.5
 
     def __post_init__(self):
-        for name in ("stages", "steps", "queue"):
+        for name in ("stages", "steps", "start_batches", "queue"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}={value!r} is no count; use an integer of at least 1")
@@ -80,8 +88,9 @@ class ReconstructionSettings:
             raise ValueError(f"output_weight={self.output_weight!r} is not allowed; use a number of at least 0")
         if not (isinstance(self.forcing, int | float) and 0.0 <= self.forcing <= 1.0):
             raise ValueError(f"forcing={self.forcing!r} is no share of the steps; use a number from 0 to 1")
-        if self.targets not in TARGETS:
-            raise ValueError(f"targets={self.targets!r} is unknown; use one of {TARGETS}")
+        for name, allowed in (("targets", TARGETS), ("start", STARTS)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)!r} is unknown; use one of {allowed}")
 
 
 def reconstruction_error(found: dict[str, Tensor], wanted: dict[str, Tensor], batch: Batch, output_weight: float) -> Tensor:
@@ -222,16 +231,47 @@ def batch_order(count: int, seed: int) -> Iterator[int]:
         yield from torch.randperm(count, generator=generator).tolist()
 
 
-def check_models(teacher: nn.Module, student: nn.Module, batches: Sequence[Batch]) -> None:
+def start_batches(count: int, settings: ReconstructionSettings) -> list[int]:
+    """The numbers of the batches that a start looks at, of `count`."""
+    wanted = min(count, settings.start_batches)
+    return [i * count // wanted for i in range(wanted)]
+
+
+def compensate_stage(
+    teacher: nn.Module,
+    student: nn.Module,
+    stage: Stage,
+    batches: Sequence[Batch],
+    known: Sequence[tuple[Memory, Memory]],
+) -> None:
+    """Compensate the rounding errors of one stage, in place.
+
+    Args:
+        teacher, student (`nn.Module`): the float model and its fake-quantized copy.
+        stage (`Stage`): which.
+        batches (`Sequence[dict]`): those to look at.
+        known (`Sequence[tuple]`): for each of them, what the stage is given in the teacher and in the student.
+    """
+    order = [u for u in units(student, batches[0]) if u in stage.blocks or f"{u}.weight" in stage.parameters]
+    returned = ({name: [k[side][of] for k in known] for name, of in stage.answers.items()} for side in (0, 1))
+    replays = [Replay(model, batches, answers) for model, answers in zip((teacher, student), returned, strict=True)]
+    compensate_units(tuple(replays), order, CompensationSettings())
+
+
+def check_models(
+    teacher: nn.Module, student: nn.Module, batches: Sequence[Batch], settings: ReconstructionSettings
+) -> None:
     """Freeze both models in evaluation mode.
 
     Raises:
-        ValueError: no batch; a student without a fake-quantized layer.
+        ValueError: no batch; a student without a fake-quantized layer, or one that cannot start as the settings say.
     """
     if not batches:
         raise ValueError("no batch to reconstruct outputs on; give at least one")
     if not any(True for _ in low_bit_layers(student)):
         raise ValueError("the student has no fake-quantized layer to train; call prepare(model, scheme) first")
+    if settings.start == "compensated":
+        check_compensable(student)
     for model in (teacher, student):
         model.eval().requires_grad_(False)
 
@@ -251,7 +291,7 @@ class SequentialReconstruction:
     """
 
     def __init__(self, teacher: nn.Module, student: nn.Module, batches: Sequence[Batch], settings: ReconstructionSettings):
-        check_models(teacher, student, batches)
+        check_models(teacher, student, batches, settings)
         self.teacher, self.student, self.batches, self.settings = teacher, student, batches, settings
         self.stages = cut(student, batches[0], settings.stages)
         self.losses: list[list[float]] = []
@@ -271,10 +311,17 @@ class SequentialReconstruction:
                 load_tensors(self.student, self._finished[stage.index])
             else:
                 wanted = [wanted_states(states, stage, self.settings) for states, _ in ran]
+                self._start(stage, known)
                 yield from self._train(stage, [student for _, student in known], wanted)
             if not stage.last:
                 students = [self._run(self.student, stage, i, known[i][1])[1] for i in range(len(self.batches))]
                 known = [(teacher, student) for (_, teacher), student in zip(ran, students, strict=True)]
+
+    def _start(self, stage: Stage, known: list[tuple[Memory, Memory]]) -> None:
+        if self.settings.start == "compensated":
+            chosen = start_batches(len(self.batches), self.settings)
+            batches, memories = [self.batches[i] for i in chosen], [known[i] for i in chosen]
+            compensate_stage(self.teacher, self.student, stage, batches, memories)
 
     def _train(
         self, stage: Stage, memories: list[Memory], wanted: list[dict[str, Tensor]]

@@ -8,7 +8,7 @@ what a decoder reads of an encoder are those of a whole pass.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,13 +18,14 @@ from torch.utils._pytree import tree_map
 
 from ..layers import LowBitLayer
 from ..surgery import blocks, low_bit_layers
+from .replay import answering
 
 
 Memory = dict[str, Any]  # block -> what it returned for one batch
 OUTPUTS = ("output", "logits", "last_hidden_state", "pooler_output")  # of a model; with logits, the others do not count
 
 
-class Reached(Exception):
+class _Reached(Exception):
     """The pass has come to where it was to end."""
 
 
@@ -194,7 +195,7 @@ def run_stage(model: nn.Module, stage: Stage, batch: dict[str, Any], memory: Mem
         def hook(_: nn.Module, __: tuple, returned: Any) -> None:
             found[name] = returned
             if name == stage.blocks[-1] and not stage.last:
-                raise Reached
+                raise _Reached
 
         return hook
 
@@ -202,7 +203,7 @@ def run_stage(model: nn.Module, stage: Stage, batch: dict[str, Any], memory: Mem
     output = None
     try:
         answers = {model.get_submodule(name): memory[other] for name, other in stage.answers.items()}
-        with answering(answers), suppress(Reached):
+        with answering(answers), suppress(_Reached):
             output = model(**batch)
     finally:
         for hook in hooks:
@@ -228,19 +229,3 @@ def _outputs(output: Any, states: Mapping[str, Tensor]) -> dict[str, Tensor]:
     if "logits" in found:
         found = {"logits": found["logits"]}
     return {name: value for name, value in found.items() if all(value is not state for state in states.values())}
-
-
-@contextmanager
-def answering(answers: Mapping[nn.Module, Any]) -> Iterator[None]:
-    """Modules answer from memory; a forward of its own that a module has (accelerate's) is given back."""
-    own = {module: vars(module).get("forward") for module in answers}
-    try:
-        for module, answer in answers.items():
-            module.forward = lambda *_, answer=answer, **__: answer
-        yield
-    finally:
-        for module, forward in own.items():
-            if forward is None:
-                vars(module).pop("forward", None)
-            else:
-                module.forward = forward

@@ -16,7 +16,7 @@ from optimum_zsaq.surgery import low_bit_layers, prepare
 
 
 SCHEME = QuantScheme(QuantSpec(2), QuantSpec(4), QuantSpec(8, "token", symmetric=False))
-SETTINGS = ReconstructionSettings(steps=8, learning_rate=1e-3, scale_learning_rate=1e-3)
+SETTINGS = ReconstructionSettings(start="rounding", steps=8, learning_rate=1e-3, scale_learning_rate=1e-3)
 
 
 @pytest.fixture(autouse=True)

@@ -10,12 +10,14 @@ from tiny_models import make, token_ids
 from torch import nn
 
 from optimum_zsaq.algorithms.calibration import calibrate
+from optimum_zsaq.algorithms.compensation import compensate
 from optimum_zsaq.algorithms.parallel import ParallelReconstruction, mix
 from optimum_zsaq.algorithms.reconstruction import (
     ReconstructionSettings,
     SequentialReconstruction,
     batch_order,
     reconstruction_error,
+    start_batches,
 )
 from optimum_zsaq.algorithms.stages import cut, run_stage
 from optimum_zsaq.integrations.data import uncached_batch
@@ -27,7 +29,7 @@ from optimum_zsaq.surgery import blocks, low_bit_layers, pack, prepare
 INPUTS = QuantSpec(8, "token", symmetric=False)
 SCHEME = QuantScheme(QuantSpec(2), QuantSpec(4), INPUTS)
 GAIN = {"llama-tied": 3, "t5-tied": 1, "bart-tied": 15}
-QUICK = {"steps": 10, "learning_rate": 1e-3, "scale_learning_rate": 1e-3, "stages": 2}
+QUICK = {"steps": 10, "learning_rate": 1e-3, "scale_learning_rate": 1e-3, "stages": 2, "start": "rounding"}
 
 
 @pytest.fixture(autouse=True)
@@ -410,6 +412,49 @@ class TestParallel:
             ParallelReconstruction(teacher, student, toy_batches(), ReconstructionSettings(**QUICK))
 
 
+class TestStart:
+    """Errors are compensated stage by stage: with one stage as `compensate` does it for a whole model."""
+
+    STILL = {**QUICK, "steps": 1, "learning_rate": 1e-12, "scale_learning_rate": 1e-12, "start": "compensated"}
+
+    @pytest.mark.parametrize("name", ["bert-cls", "t5-tied"])
+    def test_sequential_is_compensation_of_the_whole(self, name):
+        for stages in (1, 2):
+            teacher, student, batches = family(name)
+            plain = compensate(teacher, copy.deepcopy(student), [batches[0], batches[1]])
+            settings = ReconstructionSettings(**{**self.STILL, "stages": stages}, start_batches=2)
+            advance(SequentialReconstruction(teacher, student, batches[:2], settings))
+            for (n, p), q in zip(student.named_parameters(), plain.parameters(), strict=True):
+                assert torch.allclose(p.float(), q.float(), atol=1e-6), n
+
+    def test_parallel_looks_at_what_float_stages_return(self):
+        teacher, student, batches = family("bert-cls")
+        expected = copy.deepcopy(student)
+        for number in range(2):  # the other layer is float: nothing before a stage is quantized
+            trial = copy.deepcopy(teacher)
+            if number == 0:
+                trial.bert.embeddings = copy.deepcopy(student.bert.embeddings)
+            trial.bert.encoder.layer[number] = copy.deepcopy(student.bert.encoder.layer[number])
+            compensate(teacher, trial, batches)
+            expected.bert.encoder.layer[number] = trial.bert.encoder.layer[number]
+        advance(ParallelReconstruction(teacher, student, batches, ReconstructionSettings(**self.STILL)))
+        for one, other in zip(student.bert.encoder.parameters(), expected.bert.encoder.parameters(), strict=True):
+            assert torch.allclose(one.float(), other.float(), atol=1e-6)
+
+    def test_ternary_weights_are_refused(self):
+        ternary = QuantScheme(QuantSpec(2, ternary=True), None, INPUTS)
+        teacher, student = toys()
+        student = prepare(copy.deepcopy(teacher), ternary, "ternary")
+        with pytest.raises(ValueError, match="is ternary, and its errors cannot be compensated"):
+            SequentialReconstruction(teacher, student, toy_batches(), ReconstructionSettings(stages=2))
+        advance(SequentialReconstruction(teacher, student, toy_batches(), ReconstructionSettings(**QUICK)))
+
+    def test_batches_are_spread(self):
+        settings = ReconstructionSettings(start_batches=3)
+        assert start_batches(9, settings) == [0, 3, 6]
+        assert start_batches(2, settings) == [0, 1]
+
+
 class TestRefused:
     @pytest.mark.parametrize("kind", [SequentialReconstruction, ParallelReconstruction])
     def test_no_batches_no_low_bit_layers_too_many_stages(self, kind):
@@ -444,6 +489,8 @@ class TestRefused:
             ("output_weight", -1.0),
             ("forcing", 1.5),
             ("targets", "first"),
+            ("start", "nowhere"),
+            ("start_batches", 0),
         ],
     )
     def test_settings(self, field, value):
