@@ -139,6 +139,11 @@ class ParallelReconstruction:
         """Steps of all stages."""
         return sum(worker.training.done for worker in self.workers)
 
+    @property
+    def resumable(self) -> bool:
+        """Whether `state_dict` has all that was done: between two whole steps."""
+        return len({worker.training.done for worker in self.workers}) == 1
+
     def steps(self) -> Iterator[tuple[Stage, float]]:
         """Train what is left; yields each stage and its error, stage by stage within a step."""
         started = self.workers[0].training.done
@@ -153,7 +158,7 @@ class ParallelReconstruction:
                 yield worker.stage, worker.losses[-1]
 
     def state_dict(self) -> dict[str, Any]:
-        """All that `load_state_dict` needs to go on as if nothing had happened; between two whole steps."""
+        """All that `load_state_dict` needs to go on as if nothing had happened, where `resumable`."""
         return {
             "workers": [worker.state_dict() for worker in self.workers],
             "queues": [[dict(vars(entry)) for entry in queue] for queue in self.queues],

@@ -295,6 +295,7 @@ class SequentialReconstruction:
         self.teacher, self.student, self.batches, self.settings = teacher, student, batches, settings
         self.stages = cut(student, batches[0], settings.stages)
         self.losses: list[list[float]] = []
+        self.resumable = True  # whether `state_dict` has all that was done: when a stage has ended
         self._finished: list[dict[str, Tensor]] = []
 
     @property
@@ -303,7 +304,7 @@ class SequentialReconstruction:
         return len(self._finished) * self.settings.steps
 
     def steps(self) -> Iterator[tuple[Stage, float]]:
-        """Train what is left; yields each stage and its error, step by step. After a stage's last, `state_dict` has it."""
+        """Train what is left; yields each stage and its error, step by step."""
         known: list[tuple[Memory, Memory]] = [({}, {})] * len(self.batches)
         for stage in self.stages:
             ran = [self._run(self.teacher, stage, i, known[i][0]) for i in range(len(self.batches))]
@@ -328,7 +329,8 @@ class SequentialReconstruction:
     ) -> Iterator[tuple[Stage, float]]:
         training = StageTraining(self.student, stage, self.settings)
         order = batch_order(len(self.batches), self.settings.seed)
-        losses = []
+        losses: list[float] = []
+        self.resumable = False
         for i in order:
             losses.append(training.step(self.batches[i], memories[i], wanted[i])[0])
             if training.done == self.settings.steps:
@@ -336,6 +338,7 @@ class SequentialReconstruction:
             yield stage, losses[-1]
         self.losses.append(losses)
         self._finished.append(own_tensors(self.student, stage))
+        self.resumable = True
         yield stage, losses[-1]
 
     @torch.no_grad()

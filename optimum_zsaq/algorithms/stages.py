@@ -29,7 +29,7 @@ class _Reached(Exception):
     """The pass has come to where it was to end."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Stage:
     """Consecutive blocks that are trained together; all names are those of the model.
 

@@ -21,6 +21,7 @@ from ..algorithms.generators import Batch, Generator, PriorSource, SequenceForm,
 from ..algorithms.minimax import Minimax, MinimaxSettings, discrepancy
 from ..layers import LowBitLayer
 from ..surgery import find_layer_ranges, low_bit_layers, pack, prepare
+from .configs import LowBitConfig
 from .data import fitting_length, special_tokens, uncached_batch
 from .recipe import calibrate_on_load
 from .writing import answer_inputs, tokenizer_or_none, write_continuations, write_texts
@@ -106,7 +107,7 @@ def train_on_load(model: PreTrainedModel, config: ZSAQConfig) -> dict[str, Any]:
         ValueError: weights that were not in the checkpoint: an untrained head has no answers to learn.
         FloatingPointError: see `Minimax.step`.
     """
-    _check_all_read(model)
+    check_all_read(model, "ZSAQ")
     started, packed = time.perf_counter(), config.packed  # `prepare` notes in the config what the model is now
     dtypes = {name: p.dtype for name, p in model.named_parameters()}
     run = start_run(model, config)
@@ -123,14 +124,19 @@ def train_on_load(model: PreTrainedModel, config: ZSAQConfig) -> dict[str, Any]:
                 state.save(won)
     won["trained"] = measure(run, held_out)
     state.remove()
+    finish_training(model, packed, dtypes)
+    count, seconds = config.steps * config.batch_size, time.perf_counter() - started
+    return {"kind": "generated token sequences", "count": count, "seed": config.seed, "seconds": round(seconds), "won": won}
+
+
+def finish_training(model: PreTrainedModel, packed: bool, dtypes: dict[str, torch.dtype]) -> None:
+    """Pack a trained student if its config says so, and give what stays float its dtype back, by name, in place."""
     model.zero_grad(set_to_none=True)
     if packed:
         pack(model)
     for name, p in model.named_parameters():
         if p.is_floating_point() and name in dtypes and not name.endswith("_scale"):
             p.data = p.data.to(dtypes[name])
-    count, seconds = config.steps * config.batch_size, time.perf_counter() - started
-    return {"kind": "generated token sequences", "count": count, "seed": config.seed, "seconds": round(seconds), "won": won}
 
 
 def start_run(model: PreTrainedModel, config: ZSAQConfig) -> Minimax:
@@ -138,14 +144,19 @@ def start_run(model: PreTrainedModel, config: ZSAQConfig) -> Minimax:
     for p in model.parameters():
         p.data = p.data.float()
     teacher = copy.deepcopy(model)
-    prepare(model, config.scheme(), "mse" if config.ranges == "auto" else config.ranges)
-    if config.ranges == "auto":
-        find_layer_ranges({name: layer for name, layer in low_bit_layers(model) if _wants_lsq(layer)}, "lsq")
+    prepare_student(model, config)
     calibrate_on_load(model, config)
     generator = make_generator(teacher, config)
     settings = replace(config.settings(), autocast=autocast_dtype(config.autocast, model.device))
     run = make_minimax(teacher, model, generator, settings)
     return run
+
+
+def prepare_student(model: PreTrainedModel, config: LowBitConfig) -> None:
+    """Round a float model as a config says, in place; it may leave the choice of ranges to us, by ranges="auto"."""
+    prepare(model, config.scheme(), "mse" if config.ranges == "auto" else config.ranges)
+    if config.ranges == "auto":
+        find_layer_ranges({name: layer for name, layer in low_bit_layers(model) if _wants_lsq(layer)}, "lsq")
 
 
 def _wants_lsq(layer: LowBitLayer) -> bool:
@@ -223,13 +234,15 @@ class TrainingState:
     """The file that a run is kept in while it trains, if its config names one; written beside itself, then renamed.
 
     Args:
-        config (`ZSAQConfig`): what is run; its `state` names the file.
-        run (`Minimax`): the training.
+        config (`LowBitConfig`): what is run; its `state` names the file.
+        run: the training: `done`, `teacher`, `state_dict()` and `load_state_dict()`.
+        data (`dict`, *optional*): what it is trained on.
     """
 
-    def __init__(self, config: ZSAQConfig, run: Minimax):
+    def __init__(self, config: LowBitConfig, run: Any, data: dict[str, Any] | None = None):
         self.path, self.run = config.state and Path(config.state), run
-        self._of = {"config": repr(sorted(config.to_dict().items(), key=str)), "teacher": _checksum(run.teacher)}
+        settings = {**config.to_dict(), "data": data}
+        self._of = {"config": repr(sorted(settings.items(), key=str)), "teacher": _checksum(run.teacher)}
 
     def load(self) -> dict[str, dict[str, float]] | None:
         """Go on from the file, if there is one; gives what `save` was given.
@@ -250,7 +263,7 @@ class TrainingState:
             what = "another model" if of.get("teacher") != self._of["teacher"] else "other settings"
             raise ValueError(f"{self.path} is the state of a training with {what}; delete it, or name another file")
         self.run.load_state_dict(state["run"])
-        logger.warning("Going on from step %d of %d, kept in %s", self.run.done, self.run.settings.steps, self.path)
+        logger.warning("Going on from step %d, kept in %s", self.run.done, self.path)
         return state["won"]
 
     def save(self, won: dict[str, dict[str, float]]) -> None:
@@ -281,12 +294,17 @@ def _progress(total: int, title: str, unit: str) -> Iterator[Callable[[int], Any
         yield bar.update
 
 
-def _check_all_read(model: PreTrainedModel) -> None:
+def check_all_read(model: PreTrainedModel, method: str) -> None:
+    """Refuse to learn the answers of an untrained head.
+
+    Raises:
+        ValueError: weights that were not in the checkpoint.
+    """
     new = [name for name, p in model.named_parameters() if not getattr(p, "_is_hf_initialized", False)]
     if new:
         raise ValueError(
-            f"the checkpoint has no {new[:3]}: ZSAQ trains against the float model's answers, which an untrained head does "
-            "not have; fine-tune the float model first, or load it without that head (AutoModel)"
+            f"the checkpoint has no {new[:3]}: {method} trains against the float model's answers, which an untrained head "
+            "does not have; fine-tune the float model first, or load it without that head (AutoModel)"
         )
 
 
