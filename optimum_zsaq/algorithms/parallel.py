@@ -126,8 +126,12 @@ class ParallelReconstruction:
             raise ValueError("teacher and student share weights; make the student from copy.deepcopy(teacher)")
         self.teacher, self.student, self.batches, self.settings = teacher, student, batches, settings
         self.stages = cut(student, batches[0], settings.stages)
-        self.workers = [StageWorker(teacher, student, stage, batches, settings) for stage in self.stages]
-        self.queues: list[deque[Entry]] = [deque() for _ in self.stages]
+        self.workers = [StageWorker(teacher, student, stage, batches, settings) for stage in self.own_stages()]
+        self.queues: list[deque[Entry]] = [deque() for _ in self.workers]  # of each worker; the first stage has none
+
+    def own_stages(self) -> list[Stage]:
+        """Those that this process trains."""
+        return self.stages
 
     @property
     def losses(self) -> list[list[float]]:
@@ -136,7 +140,7 @@ class ParallelReconstruction:
 
     @property
     def done(self) -> int:
-        """Steps of all stages."""
+        """Steps of all stages here."""
         return sum(worker.training.done for worker in self.workers)
 
     @property
@@ -149,13 +153,38 @@ class ParallelReconstruction:
         started = self.workers[0].training.done
         order = source(len(self.batches), self.settings, started)
         if not started:
-            start(self.teacher, self.student, self.stages, self.stages, self.batches, self.settings)
-            warm_up(self.workers, self.queues, order)
+            start(self.teacher, self.student, self.stages, self.own_stages(), self.batches, self.settings)
+            self._warm_up(order)
         for _ in range(started, self.settings.steps):
-            self.queues[0].append(next(order))
-            for worker, queue, following in zip(self.workers, self.queues, [*self.queues[1:], deque()], strict=True):
-                following.append(worker.step(queue.popleft()))
+            handed: Entry | None = None
+            for worker, queue in zip(self.workers, self.queues, strict=True):
+                if handed is not None:
+                    queue.append(handed)
+                handed = worker.step(self._take(worker, queue, order))
+                if worker is self.workers[-1]:
+                    self._hand_on(handed)
                 yield worker.stage, worker.losses[-1]
+
+    def _warm_up(self, order: Iterator[Entry]) -> None:
+        """Fill the queues: some batches go through the stages as they are."""
+        for _ in range(self.settings.queue):
+            entry = self._take(self.workers[0], deque(), order)
+            for worker, queue in zip(self.workers, self.queues, strict=True):
+                if worker.stage.index:
+                    queue.append(entry)
+                if not worker.stage.last:
+                    entry = worker.pass_on(entry)
+            self._hand_on(entry)
+
+    def _take(self, worker: StageWorker, queue: deque[Entry], order: Iterator[Entry]) -> Entry:
+        """The oldest entry of a worker's queue."""
+        return queue.popleft() if worker.stage.index else next(order)
+
+    def _hand_on(self, entry: Entry) -> None:
+        """What the last stage returned: nobody waits for it."""
+
+    def finish(self) -> None:
+        """All steps are made: everything that was trained is in the student."""
 
     def state_dict(self) -> dict[str, Any]:
         """All that `load_state_dict` needs to go on as if nothing had happened, where `resumable`."""
@@ -198,12 +227,3 @@ def source(count: int, settings: ReconstructionSettings, done: int = 0) -> Itera
         for _ in range(settings.queue + done):
             next(order)
     return (Entry(i, {}, {}) for i in order)
-
-
-def warm_up(workers: Sequence[StageWorker], queues: Sequence[deque[Entry]], order: Iterator[Entry]) -> None:
-    """Fill the queue before each stage but the first: some batches go through the stages as they are."""
-    for _ in range(workers[0].settings.queue):
-        entry = next(order)
-        for worker, following in zip(workers, queues[1:], strict=False):
-            entry = worker.pass_on(entry)
-            following.append(entry)

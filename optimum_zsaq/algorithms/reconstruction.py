@@ -298,6 +298,10 @@ class SequentialReconstruction:
         self.resumable = True  # whether `state_dict` has all that was done: when a stage has ended
         self._finished: list[dict[str, Tensor]] = []
 
+    def own_stages(self) -> list[Stage]:
+        """Those that this process trains."""
+        return self.stages
+
     @property
     def done(self) -> int:
         """Steps of all stages."""
@@ -344,6 +348,9 @@ class SequentialReconstruction:
     @torch.no_grad()
     def _run(self, model: nn.Module, stage: Stage, i: int, memory: Memory) -> tuple[dict[str, Tensor], Memory]:
         return run_stage(model, stage, self.batches[i], memory)
+
+    def finish(self) -> None:
+        """All steps are made: everything that was trained is in the student."""
 
     def state_dict(self) -> dict[str, Any]:
         """The stages that are finished: all that `load_state_dict` needs to go on with the next."""

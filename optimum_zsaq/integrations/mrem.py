@@ -1,5 +1,6 @@
 """MREM's config; `reconstruct.py` has what it asks for."""
 
+import math
 from typing import Any
 
 from ..algorithms.reconstruction import ReconstructionSettings
@@ -26,7 +27,9 @@ _OWN = {
     "start_samples": 256,
     "autocast": "auto",
     "state": None,
+    "timeout": 600.0,
 }
+_NOT_STORED = ("state", "timeout")
 
 
 class MREMConfig(LowBitConfig):
@@ -43,7 +46,7 @@ class MREMConfig(LowBitConfig):
         steps (`int`), batch_size (`int`): steps of each stage, texts a step. Batches are of texts of about the same length.
         sequence_length (`int`, *optional*): tokens of a text that count; None: 128.
         parallel (`bool`): False: one stage after the other, each on the outputs of the quantized stages before it (MREM-S).
-            True: all stages at once, fed by queues (MREM-P).
+            True: all stages at once, fed by queues (MREM-P); under torchrun each process trains one or more of them.
         learning_rate, scale_learning_rate (`float`): of the weights, and of the step sizes of weights and static inputs.
         targets (`str`), output_weight (`float`): which outputs are learned, see `ReconstructionSettings`.
         start (`str`): "compensated": the codes from which a stage's training starts make up for each other's errors;
@@ -56,6 +59,7 @@ class MREMConfig(LowBitConfig):
         state (`str`, *optional*): file that finished stages (with `parallel`: all stages, every 25 steps) are kept in; a
             run that was interrupted and is started again with it goes on, bit for bit. It is removed at the end. Not
             stored.
+        timeout (`float`): seconds that a process waits for another one before it gives up. Not stored.
         seed (`int`): of the order of the batches, and of the generator.
         **fields: those of `LowBitConfig`.
 
@@ -85,6 +89,8 @@ class MREMConfig(LowBitConfig):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}={value!r} is no count; use an integer of at least 1")
+        if not (isinstance(self.timeout, int | float) and 0.0 < self.timeout < math.inf):
+            raise ValueError(f"timeout={self.timeout!r} is not allowed; use a number of seconds above 0")
         self.settings(1 if self.stages is None else self.stages)
         length = self.sequence_length
         if length is not None and (not isinstance(length, int) or length < SHORTEST):
@@ -107,7 +113,8 @@ class MREMConfig(LowBitConfig):
     def to_dict(self) -> dict[str, Any]:
         """The JSON that is stored."""
         stored = super().to_dict()
-        del stored["state"]
+        for name in _NOT_STORED:
+            del stored[name]
         return stored
 
 

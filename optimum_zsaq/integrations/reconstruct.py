@@ -1,25 +1,31 @@
 """Module-wise reconstruction of transformers' models (MREM): what `from_pretrained` puts together."""
 
 import copy
+import os
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from datetime import timedelta
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from transformers import PreTrainedModel
 from transformers.utils.logging import tqdm
 
 from ..algorithms.calibration import calibrate
 from ..algorithms.parallel import ParallelReconstruction
+from ..algorithms.pipeline import PipelineReconstruction
 from ..algorithms.reconstruction import SequentialReconstruction
 from ..algorithms.stages import Stage
 from ..surgery import blocks, low_bit_layers
 from .data import Batch, describe_data, find_tokenizer, fitting_length, read_texts, text_batches, uncached_batch
 from .mrem import ZERO_SHOT, MREMConfig
+from .state import PipelineState, TrainingState
 from .zero_shot import (
-    TrainingState,
     autocast_dtype,
     check_all_read,
     finish_training,
@@ -56,19 +62,45 @@ def reconstruct_on_load(model: PreTrainedModel, config: MREMConfig) -> dict[str,
     for p in model.parameters():
         p.data = p.data.float()
     batches, data = calibration_batches(model, config)
-    run = start_reconstruction(model, config, batches)
-    state = TrainingState(config, run, data)
-    state.load()
-    _train(run, state)
-    state.remove()
+    with processes(model, config) as count:
+        run = start_reconstruction(model, config, batches, count)
+        state = (TrainingState if count == 1 else PipelineState)(config, run, data)
+        try:
+            state.load()
+            _train(run, state)
+            run.finish()
+            state.remove()
+        except ConnectionError as error:
+            raise ConnectionError(f"{error}; {state.kept()}") from error
+        idle = run.agree(run.waited / run.trained) if isinstance(run, PipelineReconstruction) else None
     finish_training(model, packed, dtypes)
     won = {stage.title: _progress(losses) for stage, losses in zip(run.stages, run.losses, strict=True)}
-    return {**data, "seconds": round(time.perf_counter() - started, 1), "won": won}
+    shares = {} if idle is None else {"idle": [round(share, 3) for share in idle]}
+    return {**data, "seconds": round(time.perf_counter() - started, 1), **shares, "won": won}
 
 
-def start_reconstruction(model: PreTrainedModel, config: MREMConfig, batches: list[Batch]) -> Reconstruction:
-    """The run that a config asks for, of a float model, which becomes the student, rounded, in place."""
-    kind = ParallelReconstruction if config.parallel else SequentialReconstruction
+@contextmanager
+def processes(model: PreTrainedModel, config: MREMConfig) -> Iterator[int]:
+    """How many processes share the training: those of torch.distributed, which torchrun's are made into for that long."""
+    launched = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if not config.parallel or not (launched or dist.is_initialized()):
+        yield 1
+        return
+    own = not dist.is_initialized()
+    if own:
+        backend = "nccl" if model.device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(seconds=config.timeout))
+    try:
+        yield dist.get_world_size()
+    finally:
+        if own:
+            dist.destroy_process_group()
+
+
+def start_reconstruction(
+    model: PreTrainedModel, config: MREMConfig, batches: list[Batch], count: int = 1
+) -> Reconstruction:
+    """The run that a config asks for on `count` processes, of a float model, which becomes the student, in place."""
     found = blocks(model)
     # MREM-S runs a float stage for the last time before it is trained, so that its blocks need no copy
     shared = {} if config.parallel else {id(p): p for block in found.values() for p in block.parameters()}
@@ -78,6 +110,9 @@ def start_reconstruction(model: PreTrainedModel, config: MREMConfig, batches: li
         calibrate(model, batches, ranges="minmax" if config.ranges == "minmax" else "mse")
     stages = config.stages or max(1, min(_STAGES, len(found)))
     settings = replace(config.settings(stages), autocast=autocast_dtype(config.autocast, model.device))
+    if count > 1:
+        return PipelineReconstruction(teacher, model, batches, settings, config.timeout)
+    kind = ParallelReconstruction if config.parallel else SequentialReconstruction
     return kind(teacher, model, batches, settings)
 
 
@@ -85,7 +120,8 @@ def _train(run: Reconstruction, state: TrainingState) -> None:
     """All steps that are left, with a progress bar a stage."""
     total = run.settings.steps
     bars: dict[Stage, Any] = {}
-    made: Counter[Stage] = Counter({stage: len(losses) for stage, losses in zip(run.stages, run.losses, strict=False)})
+    before = zip(run.own_stages(), run.losses, strict=False)
+    made: Counter[Stage] = Counter({stage: len(losses) for stage, losses in before})
     for stage, loss in run.steps():
         if stage not in bars:
             bars[stage] = tqdm(total=total, initial=made[stage], desc=stage.title.capitalize(), unit="step", leave=False)
@@ -108,8 +144,13 @@ def won_lines(data: dict[str, Any]) -> list[str]:
     errors = [f"{s}: {found['first error']:.4f} to {found['last error']:.4f}" for s, found in data["won"].items()]
     return [
         f"error of each stage's outputs, relative, from the first steps to the last: {'; '.join(errors)}",
-        f"{data['count']:,} sequences ({data['kind']}), {data['seconds']} s",
+        f"{data['count']:,} sequences ({data['kind']}), {data['seconds']} s{_idle(data)}",
     ]
+
+
+def _idle(data: dict[str, Any]) -> str:
+    shares = [f"{100 * share:.0f} %" for share in data.get("idle", ())]
+    return f"; processes waited {', '.join(shares)} of that time" if shares else ""
 
 
 # Data ----------------------------------------------------------------------------------------------------------------

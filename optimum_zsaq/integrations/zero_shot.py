@@ -1,14 +1,11 @@
 """Zero-shot training of transformers' models (ZSAQ): the parts that `from_pretrained` and `ZSAQTrainer` put together."""
 
 import copy
-import logging
 import time
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,11 +21,10 @@ from ..surgery import find_layer_ranges, low_bit_layers, pack, prepare
 from .configs import LowBitConfig
 from .data import fitting_length, special_tokens, uncached_batch
 from .recipe import calibrate_on_load
+from .state import TrainingState
 from .writing import answer_inputs, tokenizer_or_none, write_continuations, write_texts
 from .zsaq import SHORTEST, ZSAQConfig
 
-
-logger = logging.getLogger(__name__)
 
 _LONGEST_WRITTEN, _LONGEST = 128, 32  # tokens of a sequence, of decoders and of other models: our choice
 _START_BATCH = 64  # sequences run together when errors are compensated
@@ -228,64 +224,6 @@ def won_lines(data: dict[str, Any]) -> list[str]:
     if "agreement" in won["trained"]:
         lines.insert(1, f"answers like the float model's: {series('agreement', lambda a: f'{100 * a:.1f} %')}")
     return lines
-
-
-class TrainingState:
-    """The file that a run is kept in while it trains, if its config names one; written beside itself, then renamed.
-
-    Args:
-        config (`LowBitConfig`): what is run; its `state` names the file.
-        run: the training: `done`, `teacher`, `state_dict()` and `load_state_dict()`.
-        data (`dict`, *optional*): what it is trained on.
-    """
-
-    def __init__(self, config: LowBitConfig, run: Any, data: dict[str, Any] | None = None):
-        self.path, self.run = config.state and Path(config.state), run
-        settings = {**config.to_dict(), "data": data}
-        self._of = {"config": repr(sorted(settings.items(), key=str)), "teacher": _checksum(run.teacher)}
-
-    def load(self) -> dict[str, dict[str, float]] | None:
-        """Go on from the file, if there is one; gives what `save` was given.
-
-        Raises:
-            ValueError: it is no such file, is damaged, or belongs to another model or to other settings.
-        """
-        if self.path is None or not self.path.exists():
-            return None
-        try:
-            state = torch.load(self.path, weights_only=True)
-            of = state["of"]
-        except Exception as error:  # whatever unpickling a damaged file raises
-            raise ValueError(
-                f"{self.path} is no state of a training, or is damaged; delete it, or name another file"
-            ) from error
-        if of != self._of:
-            what = "another model" if of.get("teacher") != self._of["teacher"] else "other settings"
-            raise ValueError(f"{self.path} is the state of a training with {what}; delete it, or name another file")
-        self.run.load_state_dict(state["run"])
-        logger.warning("Going on from step %d, kept in %s", self.run.done, self.path)
-        return state["won"]
-
-    def save(self, won: dict[str, dict[str, float]]) -> None:
-        """Keep the training as it is now, and what was measured of its start."""
-        if self.path is None:
-            return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        beside = self.path.with_name(f".{self.path.name}.part")
-        torch.save({"of": self._of, "won": won, "run": self.run.state_dict()}, beside)
-        beside.replace(self.path)
-
-    def remove(self) -> None:
-        """The training is done."""
-        if self.path is not None:
-            self.path.unlink(missing_ok=True)
-
-
-def _checksum(model: nn.Module) -> int:
-    found = 0
-    for p in model.parameters():
-        found = zlib.crc32(p.detach().cpu().contiguous().view(torch.uint8).numpy(), found)
-    return found
 
 
 @contextmanager
