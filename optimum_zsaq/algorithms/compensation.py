@@ -83,14 +83,41 @@ def compensate(
     settings = settings or CompensationSettings()
     if not batches:
         raise ValueError("no batch to compensate errors on; give at least one")
+    check_compensable(student)
+    replays = Replay(teacher, batches), Replay(student, batches)
+    compensate_units(replays, units(student, batches[0]), settings, watch)
+    return student
+
+
+def check_compensable(student: nn.Module) -> None:
+    """Refuse a student whose errors cannot be compensated.
+
+    Raises:
+        ValueError: a ternary weight, whose levels do not follow each weight alone.
+    """
     for name, layer in linear_layers(student).items():
         if layer.spec.weight.ternary:
             raise ValueError(
                 f"{name} is ternary, and its errors cannot be compensated; use ranges='mse' or start='rounding'"
             )
-    masks = [[batch[name] for name in _MASKS if batch.get(name) is not None] for batch in batches]
-    replays = Replay(teacher, batches), Replay(student, batches)
-    order = units(student, batches[0])
+
+
+@torch.no_grad()
+def compensate_units(
+    replays: tuple[Replay, Replay],
+    order: Sequence[str],
+    settings: CompensationSettings,
+    watch: Callable[[str, float], None] = lambda unit, done: None,
+) -> None:
+    """`compensate` for some units that follow one another, in place.
+
+    Args:
+        replays (`tuple[Replay, Replay]`): of teacher and student, on the same batches; the units before are finished.
+        order (`Sequence[str]`): the units.
+        settings (`CompensationSettings`): how.
+        watch (`Callable`): told each unit and the share of all that is done, before it is worked on.
+    """
+    masks = [[batch[name] for name in _MASKS if batch.get(name) is not None] for batch in replays[0].batches]
     for i, unit in enumerate(order):
         watch(unit, i / len(order))
         calls = [replay.inputs(unit) for replay in replays]
@@ -98,7 +125,6 @@ def compensate(
         outputs = _compensate_unit(*modules, *calls, masks, settings)
         for replay, returned in zip(replays, outputs, strict=True):
             replay.finish(unit, returned)
-    return student
 
 
 def _compensate_unit(
@@ -110,7 +136,7 @@ def _compensate_unit(
     settings: CompensationSettings,
 ) -> tuple[list, list]:
     """Layers that share an input together, the groups in the order in which they run; gives both units' outputs."""
-    groups = _groups(student, student_calls[0])
+    groups = input_groups(student, student_calls[0])
     first = [teacher.get_submodule(group[0]) for group in groups]
     wanted, outputs = layer_inputs(teacher, teacher_calls, first)
     for group, float_inputs in zip(groups, wanted, strict=True):
@@ -129,7 +155,7 @@ def _shapes(inputs: list[list[Tensor]]) -> list[list[torch.Size]]:
     return [[x.shape for x in part] for part in inputs]
 
 
-def _groups(unit: nn.Module, call: Call) -> list[list[str]]:
+def input_groups(unit: nn.Module, call: Call) -> list[list[str]]:
     """The names of a unit's layers as they run, those that are given the same tensor one after the other together.
 
     A layer that runs again, on other inputs too, is alone.

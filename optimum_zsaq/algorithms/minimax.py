@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -205,7 +206,7 @@ class Minimax:
         self.weights = _unfreeze(student, layers, self.scales)
         self.optimizer = torch.optim.AdamW(self.parameter_groups(), weight_decay=0.0, fused=True)
         keep_positive(self.optimizer, self.scales)
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._rate)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, partial(warm_cosine, settings.steps))
         self.ascent = torch.optim.Adam(generator.parameters(), settings.generator_learning_rate, maximize=True)
         self.perturbation = Perturbation(student, settings.sharpness)
         self.done = 0
@@ -222,12 +223,6 @@ class Minimax:
             {"params": self.weights, "lr": settings.learning_rate},
             {"params": self.scales, "lr": settings.scale_learning_rate},
         ]
-
-    def _rate(self, step: int) -> float:
-        warm = max(1, self.settings.steps // 10)
-        if step < warm:
-            return (step + 1) / warm
-        return 0.5 * (1.0 + math.cos(math.pi * (step - warm) / max(1, self.settings.steps - warm)))
 
     def step(self) -> dict[str, float]:
         """Find the student's gradients for one step; when it is its turn, the generator makes a step before.
@@ -356,6 +351,14 @@ class Minimax:
         self.generator.load_state_dict(state["generator"])
         self.ascent.load_state_dict(state["ascent"])
         self.done = state["done"]
+
+
+def warm_cosine(steps: int, step: int) -> float:
+    """The share of the learning rate in a step: linear warm-up over a tenth of the steps, then a cosine to zero."""
+    warm = max(1, steps // 10)
+    if step < warm:
+        return (step + 1) / warm
+    return 0.5 * (1.0 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
 
 
 def keep_positive(optimizer: torch.optim.Optimizer, scales: list[nn.Parameter]) -> None:

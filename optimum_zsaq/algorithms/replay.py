@@ -5,7 +5,7 @@ called, with every earlier unit answering from memory and the pass ending where 
 wiring has to be known and a pass costs what lies between the units.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -66,11 +66,16 @@ class Replay:
     Call `inputs` for each unit in the order of `units`, and after it `finish` with what the unit returned for each batch.
     Of blocks that hand their state straight to the next only what the last returned is kept: the states between them are
     taken to be read by nobody else.
+
+    Args:
+        model (`nn.Module`): in any state.
+        batches (`Sequence[dict]`): what it is called with.
+        returned (`dict`, *optional*): units that are finished already -> what they returned, a batch each.
     """
 
-    def __init__(self, model: nn.Module, batches: Sequence[dict[str, Any]]):
+    def __init__(self, model: nn.Module, batches: Sequence[dict[str, Any]], returned: dict[str, list[Any]] | None = None):
         self.model, self.batches = model, batches
-        self._returned: dict[str, list[Any]] = {}  # finished unit -> what it answers, a batch each
+        self._returned = dict(returned or {})  # finished unit -> what it answers, a batch each
         self._stack: list[str] = []  # the units finished last, each of which was given what the one before returned
         self._goes_on = False  # whether the unit whose inputs were found last is the next of that stack
 
@@ -90,7 +95,7 @@ class Replay:
         hook = self.model.get_submodule(unit).register_forward_pre_hook(stop, with_kwargs=True)
         try:
             for i, batch in enumerate(self.batches):
-                with self._answering(i), suppress(_Reached):
+                with answering(self._answers(i)), suppress(_Reached):
                     self.model(**batch)
         finally:
             hook.remove()
@@ -114,21 +119,24 @@ class Replay:
         pairs = zip(states, given, strict=True)
         return all(isinstance(state, Tensor) and any(value is state for value in values) for state, values in pairs)
 
-    @contextmanager
-    def _answering(self, batch: int) -> Iterator[None]:
-        """Finished units answer from memory; a forward of its own that a module has (accelerate's) is given back."""
-        modules = {self.model.get_submodule(unit): returned[batch] for unit, returned in self._returned.items()}
-        own = {module: vars(module).get("forward") for module in modules}
-        try:
-            for module, answer in modules.items():
-                module.forward = lambda *_, answer=answer, **__: answer
-            yield
-        finally:
-            for module, forward in own.items():
-                if forward is None:
-                    vars(module).pop("forward", None)
-                else:
-                    module.forward = forward
+    def _answers(self, batch: int) -> dict[nn.Module, Any]:
+        return {self.model.get_submodule(unit): returned[batch] for unit, returned in self._returned.items()}
+
+
+@contextmanager
+def answering(answers: Mapping[nn.Module, Any]) -> Iterator[None]:
+    """Modules answer from memory; a forward of its own that a module has (accelerate's) is given back."""
+    own = {module: vars(module).get("forward") for module in answers}
+    try:
+        for module, answer in answers.items():
+            module.forward = lambda *_, answer=answer, **__: answer
+        yield
+    finally:
+        for module, forward in own.items():
+            if forward is None:
+                vars(module).pop("forward", None)
+            else:
+                module.forward = forward
 
 
 @torch.no_grad()

@@ -4,24 +4,20 @@ import shutil
 import tempfile
 import time
 from argparse import ArgumentParser, ArgumentTypeError, Namespace, RawDescriptionHelpFormatter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from .common import Command, add_common_arguments, size_text
 
 
-ALGORITHMS = ("prequant", "zsaq")
-_TRAINING = (  # fields that only zsaq has
-    "steps",
-    "batch_size",
-    "sequence_length",
-    "learning_rate",
-    "rho",
-    "generator",
-    "generator_every",
-    "start",
-    "state",
-)
+_SHARED = ("steps", "batch_size", "sequence_length", "learning_rate", "start", "state")
+_TRAINING = {  # fields that only those that train have
+    "prequant": (),
+    "zsaq": (*_SHARED, "rho", "generator", "generator_every"),
+    "mrem": (*_SHARED, "stages", "parallel"),
+}
+ALGORITHMS = tuple(_TRAINING)
 
 _EXAMPLES = """examples:
   optimum-cli zsaq quantize --model bert-base-uncased --output out --weight-bits 4 --embedding-bits 4
@@ -29,10 +25,14 @@ _EXAMPLES = """examples:
   optimum-cli zsaq quantize --model ./my-model --output out --activations static --calibration-data texts.txt
   optimum-cli zsaq quantize --model ./my-model --output out --algorithm zsaq --weight-bits 2 --dry-run
   optimum-cli zsaq quantize --model ./my-model --output out --algorithm zsaq --weight-bits 2 --generator facebook/opt-350m
+  optimum-cli zsaq quantize --model ./my-model --output out --algorithm mrem --weight-bits 2 --calibration-data texts.txt
 """
 
 
-_ALGORITHM_HELP = "prequant: data-free rounding; zsaq: training without data (default: prequant)"
+_ALGORITHM_HELP = "prequant: data-free rounding; zsaq: training without data; mrem: on texts (default: prequant)"
+
+
+_DATA_HELP = "file of texts, for mrem or for static ranges; mrem: zero-shot for generated ones (ranges: sampled tokens)"
 
 
 def bits_or_none(text: str) -> int | None:
@@ -62,24 +62,26 @@ class QuantizeCommand(Command):
         parser.add_argument("--group-size", type=int, help="weights that share a scale, with --granularity group")
         parser.add_argument("--asymmetric", action="store_true", help="weights with a zero point")
         parser.add_argument(
-            "--ranges", help="mse, minmax, lsq; ternary at 2 bits; auto for zsaq (default: mse, zsaq: auto)"
+            "--ranges", help="mse, minmax, lsq; ternary at 2 bits; auto for zsaq, mrem (default: mse; zsaq, mrem: auto)"
         )
         parser.add_argument("--outliers", type=float, help="share of each matrix kept as float residuals, e.g. 0.005")
         parser.add_argument("--activations", default="dynamic", help="dynamic or static (default: dynamic)")
-        parser.add_argument("--calibration-data", help="file of texts for static ranges (default: sampled token sequences)")
-        parser.add_argument("--calibration-samples", type=int, default=128, help="texts used of it (default: 128)")
+        parser.add_argument("--calibration-data", help=_DATA_HELP)
+        parser.add_argument("--calibration-samples", type=int, help="texts used of it (default: 128, mrem: 1024)")
         parser.add_argument("--seed", type=int, default=0, help="of sampled or generated token sequences (default: 0)")
-        parser.add_argument("--steps", type=int, help="zsaq: training steps (default: 200)")
-        parser.add_argument("--batch-size", type=int, help="zsaq: sequences a step (default: 32)")
-        parser.add_argument("--sequence-length", type=int, help="zsaq: tokens of the longest (default: 128 or 32)")
-        parser.add_argument("--learning-rate", type=float, help="zsaq: of the weights (default: 1e-4)")
+        parser.add_argument("--steps", type=int, help="zsaq: steps; mrem: of each stage (default: 200; 120)")
+        parser.add_argument("--batch-size", type=int, help="zsaq, mrem: sequences a step (default: 32)")
+        parser.add_argument("--sequence-length", type=int, help="zsaq, mrem: tokens of the longest (default: 128; 32)")
+        parser.add_argument("--learning-rate", type=float, help="zsaq, mrem: of the weights (default: 1e-4; 3e-4)")
         parser.add_argument("--rho", type=float, help="zsaq: radius of SAM, 0 for none (default: 0)")
         parser.add_argument("--generator", help="zsaq: noise, teacher, or a causal language model (default: auto)")
         parser.add_argument("--generator-every", type=int, help="zsaq: steps for one ascent, 0 for none (default: 0)")
-        parser.add_argument("--start", help="zsaq: compensated or rounding (default: compensated)")
+        parser.add_argument("--start", help="zsaq, mrem: compensated or rounding (default: compensated)")
         parser.add_argument(
-            "--state", metavar="FILE", help="zsaq: keep the training here; the same command goes on from it"
+            "--state", metavar="FILE", help="zsaq, mrem: keep the training here; the same command goes on from it"
         )
+        parser.add_argument("--stages", type=int, help="mrem: into how many the model is cut (default: 4)")
+        parser.add_argument("--parallel", action="store_true", default=None, help="mrem: train all stages at once")
         parser.add_argument("--dry-run", action="store_true", help="zsaq: say what it would take, write nothing")
         parser.add_argument(
             "--modules-to-not-convert",
@@ -144,10 +146,11 @@ def _quantization_config(args: Namespace) -> Any:
     from ..integrations.registration import register
 
     register()
-    training = {name: getattr(args, name) for name in _TRAINING if getattr(args, name) is not None}
-    if training and args.algorithm != "zsaq":
-        options = ", ".join(f"--{name.replace('_', '-')}" for name in training)
-        raise ValueError(f"{options} is for training and --algorithm {args.algorithm} does none; add --algorithm zsaq")
+    names = dict.fromkeys(name for names in _TRAINING.values() for name in names)
+    training = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    _check_training(args.algorithm, training)
+    if args.calibration_samples is not None:
+        training["calibration_samples"] = args.calibration_samples
     return CONFIGS[args.algorithm](
         **training,
         weight_bits=args.weight_bits,
@@ -161,16 +164,26 @@ def _quantization_config(args: Namespace) -> Any:
         modules_to_not_convert=args.modules_to_not_convert,
         outliers=args.outliers,
         calibration_data=args.calibration_data,
-        calibration_samples=args.calibration_samples,
         seed=args.seed,
     )
+
+
+def _check_training(algorithm: str, given: Iterable[str]) -> None:
+    foreign = [name for name in given if name not in _TRAINING[algorithm]]
+    if foreign:
+        options = ", ".join(f"--{name.replace('_', '-')}" for name in foreign)
+        able = [name for name, known in _TRAINING.items() if set(foreign) <= set(known)] or ["zsaq"]
+        does = "does none" if algorithm == "prequant" else "has no such option"
+        raise ValueError(
+            f"{options} is for training and --algorithm {algorithm} {does}; add --algorithm {' or '.join(able)}"
+        )
 
 
 def _plan(args: Namespace, config: Any) -> dict[str, Any]:
     from ..integrations.plan import plan_training
 
     if args.algorithm != "zsaq":
-        raise ValueError(f"--dry-run is for training and --algorithm {args.algorithm} does none; add --algorithm zsaq")
+        raise ValueError(f"--dry-run is for --algorithm zsaq and got --algorithm {args.algorithm}; add --algorithm zsaq")
     return {"plan": plan_training(_load(args, None), config)}
 
 
@@ -213,6 +226,7 @@ def _save_tokenizer(model: str, folder: Path) -> bool:
 
 
 def _result(args: Namespace, model: Any, has_tokenizer: bool, seconds: float) -> dict[str, Any]:
+    from ..integrations.reconstruct import won_lines as reconstructed_lines
     from ..integrations.zero_shot import won_lines
     from ..size import measure_size
     from ..surgery import low_bit_layers
@@ -226,6 +240,6 @@ def _result(args: Namespace, model: Any, has_tokenizer: bool, seconds: float) ->
         "float_layers": model.config.quantization_config.modules["float"],
         "tokenizer": has_tokenizer,
         "bytes": {**size.bytes, "on_disk": on_disk, "as_float16": 2 * size.parameters},
-        "won": won_lines(data) if "won" in data else [],
+        "won": (reconstructed_lines if args.algorithm == "mrem" else won_lines)(data) if "won" in data else [],
         "seconds": seconds,
     }

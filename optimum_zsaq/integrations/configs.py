@@ -141,12 +141,7 @@ class LowBitConfig(QuantizationConfigMixin):
             )
         if self.ranges == "ternary" and not self.symmetric:
             raise ValueError("ranges='ternary' is symmetric and got symmetric=False; use symmetric=True or ranges='mse'")
-        if self.calibration_data is not None and (self.activations != "static" or self.activation_bits is None):
-            raise ValueError(
-                "calibration_data measures static input ranges and got "
-                f"activations={self.activations!r}, activation_bits={self.activation_bits!r}; "
-                "use activations='static' with activation_bits=8, or leave calibration_data out"
-            )
+        self._check_calibration_data()
         if self.activations == "static" and self.activation_bits is None:
             raise ValueError("activations='static' needs a width; use activation_bits=8 or activations='dynamic'")
         if self.outliers is not None and not (isinstance(self.outliers, int | float) and 0.0 < self.outliers < 1.0):
@@ -164,6 +159,14 @@ class LowBitConfig(QuantizationConfigMixin):
                     f"the table `modules` in the quantization_config is damaged ({error!r}); "
                     "restore config.json from where the checkpoint came from"
                 ) from error
+
+    def _check_calibration_data(self) -> None:
+        if self.calibration_data is not None and (self.activations != "static" or self.activation_bits is None):
+            raise ValueError(
+                "calibration_data measures static input ranges and got "
+                f"activations={self.activations!r}, activation_bits={self.activation_bits!r}; "
+                "use activations='static' with activation_bits=8, or leave calibration_data out"
+            )
 
     def _check_modules(self) -> None:
         """The table decides what is read; the settings beside it must not tell another story."""

@@ -124,19 +124,21 @@ def find_tokenizer(model: PreTrainedModel) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def text_batches(model: PreTrainedModel, data: Any, limit: int) -> Iterator[Batch]:
-    """Texts as batches of at most 16 sequences of at most 128 tokens, on the model's device."""
+def text_batches(
+    model: PreTrainedModel, data: Any, limit: int, size: int = _BATCH_SIZE, length: int = _MAX_LENGTH
+) -> Iterator[Batch]:
+    """Texts as batches of at most `size` sequences of at most `length` tokens, on the model's device."""
     tokenizer = find_tokenizer(model)
     samples = read_texts(data, limit)
-    for start in range(0, len(samples), _BATCH_SIZE):
-        part = samples[start : start + _BATCH_SIZE]
+    for start in range(0, len(samples), size):
+        part = samples[start : start + size]
         pairs = [sample.get("text_pair", "") for sample in part] if any("text_pair" in s for s in part) else None
         batch = tokenizer(
             [sample["text"] for sample in part],
             pairs,
             padding=True,
             truncation=True,
-            max_length=fitting_length(model, _MAX_LENGTH),
+            max_length=fitting_length(model, length),
             return_tensors="pt",
         )
         yield complete_batch(model, dict(batch))

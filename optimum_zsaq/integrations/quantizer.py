@@ -29,12 +29,14 @@ from ..surgery import (
 from .checkpoint import CheckpointError, header, verify_files
 from .configs import LowBitConfig, body_name
 from .recipe import calibrate_on_load, write_recipe
+from .reconstruct import reconstruct_on_load
 from .saving import attach_saving, detach_saving
 from .zero_shot import train_on_load
 
 
 logger = logging.getLogger(__name__)
 
+_TRAINING = {"zsaq": train_on_load, "mrem": reconstruct_on_load}
 _MARKER_DTYPE = torch.float8_e4m3fn  # the marker's zeros take one byte a row on disk
 
 
@@ -193,7 +195,8 @@ class LowBitQuantizer(HfQuantizer):
             raise ValueError("; ".join(self.failures))
         self._check_complete(model)
         self._restore_new_layers(model)
-        trained = train_on_load(model, config) if config.trains_on_load and not self.pre_quantized else None
+        trains = config.trains_on_load and not self.pre_quantized
+        trained = _TRAINING[config.algorithm](model, config) if trains else None
         for _, layer in low_bit_layers(model):
             for name in (*SCALES, *INTEGERS):
                 if layer._parameters.get(name) is not None:

@@ -1,14 +1,11 @@
 """Zero-shot training of transformers' models (ZSAQ): the parts that `from_pretrained` and `ZSAQTrainer` put together."""
 
 import copy
-import logging
 import time
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,13 +18,13 @@ from ..algorithms.generators import Batch, Generator, PriorSource, SequenceForm,
 from ..algorithms.minimax import Minimax, MinimaxSettings, discrepancy
 from ..layers import LowBitLayer
 from ..surgery import find_layer_ranges, low_bit_layers, pack, prepare
+from .configs import LowBitConfig
 from .data import fitting_length, special_tokens, uncached_batch
 from .recipe import calibrate_on_load
+from .state import TrainingState
 from .writing import answer_inputs, tokenizer_or_none, write_continuations, write_texts
 from .zsaq import SHORTEST, ZSAQConfig
 
-
-logger = logging.getLogger(__name__)
 
 _LONGEST_WRITTEN, _LONGEST = 128, 32  # tokens of a sequence, of decoders and of other models: our choice
 _START_BATCH = 64  # sequences run together when errors are compensated
@@ -117,7 +114,7 @@ def train_on_load(model: PreTrainedModel, config: ZSAQConfig) -> dict[str, Any]:
         ValueError: weights that were not in the checkpoint: an untrained head has no answers to learn.
         FloatingPointError: see `Minimax.step`.
     """
-    _check_all_read(model)
+    check_all_read(model, "ZSAQ")
     started, packed = time.perf_counter(), config.packed  # `prepare` notes in the config what the model is now
     config = sized(config, model)
     dtypes = {name: p.dtype for name, p in model.named_parameters()}
@@ -135,14 +132,19 @@ def train_on_load(model: PreTrainedModel, config: ZSAQConfig) -> dict[str, Any]:
                 state.save(won)
     won["trained"] = measure(run, held_out)
     state.remove()
+    finish_training(model, packed, dtypes)
+    count, seconds = config.steps * config.batch_size, time.perf_counter() - started
+    return {"kind": "generated token sequences", "count": count, "seed": config.seed, "seconds": round(seconds), "won": won}
+
+
+def finish_training(model: PreTrainedModel, packed: bool, dtypes: dict[str, torch.dtype]) -> None:
+    """Pack a trained student if its config says so, and give what stays float its dtype back, by name, in place."""
     model.zero_grad(set_to_none=True)
     if packed:
         pack(model)
     for name, p in model.named_parameters():
         if p.is_floating_point() and name in dtypes and not name.endswith("_scale"):
             p.data = p.data.to(dtypes[name])
-    count, seconds = config.steps * config.batch_size, time.perf_counter() - started
-    return {"kind": "generated token sequences", "count": count, "seed": config.seed, "seconds": round(seconds), "won": won}
 
 
 def start_run(model: PreTrainedModel, config: ZSAQConfig) -> Minimax:
@@ -150,14 +152,19 @@ def start_run(model: PreTrainedModel, config: ZSAQConfig) -> Minimax:
     for p in model.parameters():
         p.data = p.data.float()
     teacher = copy.deepcopy(model)
-    prepare(model, config.scheme(), "mse" if config.ranges == "auto" else config.ranges)
-    if config.ranges == "auto":
-        find_layer_ranges({name: layer for name, layer in low_bit_layers(model) if _wants_lsq(layer)}, "lsq")
+    prepare_student(model, config)
     calibrate_on_load(model, config)
     generator = make_generator(teacher, config)
     settings = replace(config.settings(), autocast=autocast_dtype(config.autocast, model.device))
     run = make_minimax(teacher, model, generator, settings)
     return run
+
+
+def prepare_student(model: PreTrainedModel, config: LowBitConfig) -> None:
+    """Round a float model as a config says, in place; it may leave the choice of ranges to us, by ranges="auto"."""
+    prepare(model, config.scheme(), "mse" if config.ranges == "auto" else config.ranges)
+    if config.ranges == "auto":
+        find_layer_ranges({name: layer for name, layer in low_bit_layers(model) if _wants_lsq(layer)}, "lsq")
 
 
 def _wants_lsq(layer: LowBitLayer) -> bool:
@@ -231,74 +238,23 @@ def won_lines(data: dict[str, Any]) -> list[str]:
     return lines
 
 
-class TrainingState:
-    """The file that a run is kept in while it trains, if its config names one; written beside itself, then renamed.
-
-    Args:
-        config (`ZSAQConfig`): what is run; its `state` names the file.
-        run (`Minimax`): the training.
-    """
-
-    def __init__(self, config: ZSAQConfig, run: Minimax):
-        self.path, self.run = config.state and Path(config.state), run
-        self._of = {"config": repr(sorted(config.to_dict().items(), key=str)), "teacher": _checksum(run.teacher)}
-
-    def load(self) -> dict[str, dict[str, float]] | None:
-        """Go on from the file, if there is one; gives what `save` was given.
-
-        Raises:
-            ValueError: it is no such file, is damaged, or belongs to another model or to other settings.
-        """
-        if self.path is None or not self.path.exists():
-            return None
-        try:
-            state = torch.load(self.path, weights_only=True)
-            of = state["of"]
-        except Exception as error:  # whatever unpickling a damaged file raises
-            raise ValueError(
-                f"{self.path} is no state of a training, or is damaged; delete it, or name another file"
-            ) from error
-        if of != self._of:
-            what = "another model" if of.get("teacher") != self._of["teacher"] else "other settings"
-            raise ValueError(f"{self.path} is the state of a training with {what}; delete it, or name another file")
-        self.run.load_state_dict(state["run"])
-        logger.warning("Going on from step %d of %d, kept in %s", self.run.done, self.run.settings.steps, self.path)
-        return state["won"]
-
-    def save(self, won: dict[str, dict[str, float]]) -> None:
-        """Keep the training as it is now, and what was measured of its start."""
-        if self.path is None:
-            return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        beside = self.path.with_name(f".{self.path.name}.part")
-        torch.save({"of": self._of, "won": won, "run": self.run.state_dict()}, beside)
-        beside.replace(self.path)
-
-    def remove(self) -> None:
-        """The training is done."""
-        if self.path is not None:
-            self.path.unlink(missing_ok=True)
-
-
-def _checksum(model: nn.Module) -> int:
-    found = 0
-    for p in model.parameters():
-        found = zlib.crc32(p.detach().cpu().contiguous().view(torch.uint8).numpy(), found)
-    return found
-
-
 @contextmanager
 def _progress(total: int, title: str, unit: str) -> Iterator[Callable[[int], Any]]:
     with tqdm(total=total, desc=title, unit=unit, leave=False) as bar:
         yield bar.update
 
 
-def _check_all_read(model: PreTrainedModel) -> None:
+def check_all_read(model: PreTrainedModel, method: str) -> None:
+    """Refuse to learn the answers of an untrained head.
+
+    Raises:
+        ValueError: weights that were not in the checkpoint.
+    """
     new = [name for name, p in model.named_parameters() if not getattr(p, "_is_hf_initialized", False)]
     if new:
         raise ValueError(
-            f"the checkpoint has no {new[:3]}: ZSAQ trains against the float model's answers, which an untrained head does "
-            "not have; fine-tune the float model first, or load it without that head (AutoModel)"
+            f"the checkpoint has no {new[:3]}: {method} trains against the float model's answers, which an untrained head "
+            "does not have; fine-tune the float model first, or load it without that head (AutoModel)"
         )
 
 

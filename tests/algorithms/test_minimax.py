@@ -9,7 +9,7 @@ from torch import nn
 
 from optimum_zsaq import PreQuantConfig, calibrate, pack, prepare
 from optimum_zsaq.algorithms.generators import Generator, PriorSource, SequenceForm, token_prior
-from optimum_zsaq.algorithms.minimax import Execution, Minimax, MinimaxSettings, discrepancy
+from optimum_zsaq.algorithms.minimax import Execution, Minimax, MinimaxSettings, discrepancy, warm_cosine
 from optimum_zsaq.algorithms.sharpness import SharpnessSettings
 from optimum_zsaq.surgery import low_bit_layers
 
@@ -164,7 +164,7 @@ class TestTraining:
             for p, g in zip(other.trained, found, strict=True):
                 p.grad = None if g is None else g * min(1.0, settings.max_norm / (total + 1e-6))
             for group, rate in zip(optimizer.param_groups, (1e-3, 3e-4), strict=True):
-                group["lr"] = rate * other._rate(step)
+                group["lr"] = rate * warm_cosine(other.settings.steps, step)
             optimizer.step()
         for (name, found), expected in zip(run.student.named_parameters(), other.student.parameters(), strict=True):
             if name.endswith("key.bias"):  # adds the same to all scores of a query: its gradient is rounding noise

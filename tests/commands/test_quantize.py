@@ -246,7 +246,7 @@ def test_dry_run_says_what_it_would_take(monkeypatch, capsys, bert, tmp_path):
     assert "peak memory" in text
     assert not out.exists()
     assert cli(monkeypatch, "quantize", "--model", bert, "--output", out, "--dry-run") != 0
-    assert "--dry-run is for training and --algorithm prequant does none" in capsys.readouterr().err
+    assert "--dry-run is for --algorithm zsaq and got --algorithm prequant" in capsys.readouterr().err
 
 
 def test_an_interrupted_training_goes_on(monkeypatch, capsys, bert, tmp_path):
@@ -279,3 +279,44 @@ def test_options_of_training_need_an_algorithm_that_trains(monkeypatch, capsys, 
     message = "--learning-rate, --rho is for training and --algorithm prequant does none; add --algorithm zsaq"
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def texts(tmp_path):
+    file = tmp_path / "texts.txt"
+    file.write_text("\n".join(f"w{i} w{i + 1} w{i + 2}" for i in range(5, 25)))
+    return file
+
+
+class TestReconstruction:
+    OPTIONS = ["--algorithm", "mrem", "--weight-bits", 2, "--steps", 3, "--batch-size", 4, "--stages", 2]
+
+    @pytest.mark.parametrize("parallel", [[], ["--parallel"]], ids=["sequential", "parallel"])
+    def test_from_texts(self, monkeypatch, capsys, bert, texts, tmp_path, parallel):
+        out = tmp_path / "out"
+        options = ["--model", bert, "--output", out, *self.OPTIONS, "--calibration-data", texts, *parallel]
+        assert cli(monkeypatch, "quantize", *options) == 0
+        lines = capsys.readouterr().out.strip().splitlines()
+        assert re.match(r"error of each stage's outputs.*: stage 1 of 2: \d\.\d{4} to .*; stage 2 of 2: ", lines[-2])
+        assert lines[-1].startswith("20 sequences (file), ")
+        config = AutoModelForSequenceClassification.from_pretrained(out).config.quantization_config
+        assert (config.algorithm, config.stages, config.steps, config.parallel) == ("mrem", 2, 3, bool(parallel))
+        assert (config.recipe["calibration"]["count"], config.calibration_samples) == (20, 1024)
+
+    def test_without_data(self, monkeypatch, capsys, bert, tmp_path):
+        options = ["--model", bert, "--output", tmp_path / "out", *self.OPTIONS]
+        assert cli(monkeypatch, "quantize", *options) != 0
+        assert "MREM learns from texts and got no calibration_data" in capsys.readouterr().err
+        options += ["--calibration-data", "zero-shot", "--calibration-samples", 8]
+        assert cli(monkeypatch, "quantize", *options) == 0
+        assert capsys.readouterr().out.strip().splitlines()[-1].startswith("8 sequences (generated token sequences), ")
+
+    def test_options_of_another_algorithm(self, monkeypatch, capsys, bert, tmp_path):
+        options = ["--model", bert, "--output", tmp_path / "out", *self.OPTIONS, "--rho", 0.1]
+        assert cli(monkeypatch, "quantize", *options) != 0
+        assert (
+            "--rho is for training and --algorithm mrem has no such option; add --algorithm zsaq" in capsys.readouterr().err
+        )
+        options = ["--model", bert, "--output", tmp_path / "out", "--stages", 2]
+        assert cli(monkeypatch, "quantize", *options) != 0
+        assert "--algorithm prequant does none; add --algorithm mrem" in capsys.readouterr().err

@@ -1,0 +1,361 @@
+"""Module-wise reconstruction (MREM): stages of a model learn to return what the float model's stages return.
+
+    min over w_n, s_n of  sum over the blocks l of stage n of  |f^_l - f_l|^2 / |f_l|^2
+
+over weights w and step sizes s, with straight-through gradients that never leave the stage: NeurIPS 2022, "Towards
+Efficient Post-training Quantization of Pre-trained Language Models". `SequentialReconstruction` (MREM-S) trains one stage
+after the other, each on the outputs of the quantized stages before it; `parallel.py` (MREM-P) all at once. The division by
+|f_l|^2, the model's own outputs as one more term, and every number here are our choice; the paper's are unknown to us.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..layers.common import SCALES
+from ..surgery import low_bit_layers
+from .compensation import CompensationSettings, check_compensable, compensate_units
+from .minimax import keep_positive, warm_cosine
+from .replay import Replay, units
+from .stages import OUTPUTS, Memory, Stage, cut, run_stage
+
+
+TARGETS = ("all", "last")
+STARTS = ("compensated", "rounding")
+MASKS = ("attention_mask", "decoder_attention_mask")
+
+Batch = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class ReconstructionSettings:
+    """How to train.
+
+    Args:
+        stages (`int`): modules in the paper's sense.
+        steps (`int`): of each stage, one batch a step.
+        learning_rate (`float`): of the weights, AdamW without weight decay; linear warm-up over a tenth of the steps, then
+            a cosine to zero.
+        scale_learning_rate (`float`): of the step sizes of weights and static inputs.
+        targets (`str`): "all": the state after each block of the stage is learned; "last": that after its last block.
+        output_weight (`float`): of the error of the model's own outputs (logits, or pooler and last state), which the
+            last stage learns too; 0: only block outputs are learned, and a head or pooler is left as it was rounded.
+        max_norm (`float`): gradients are clipped to this 2-norm.
+        autocast (`torch.dtype`, *optional*): of the matmuls, such as bfloat16; weights and optimizer stay float32.
+        start (`str`): "compensated": before a stage is trained, its codes are made to make up for each other's errors
+            (`compensation.py`); "rounding": each weight is rounded on its own.
+        start_batches (`int`): batches that "compensated" looks at, spread evenly over all.
+        seed (`int`): of the order of the batches.
+        queue (`int`): MREM-P's t0: batches that fill each queue before training begins, and how many steps behind a stage's
+            inputs are then.
+        forcing (`float`): MREM-P's T0 as a share of the steps, 0 to 1: how long the float stages' outputs are mixed into a
+            stage's inputs; 0: never.
+
+    Raises:
+        ValueError: a value out of range.
+    """
+
+    stages: int = 3
+    steps: int = 240
+    learning_rate: float = 3e-4
+    scale_learning_rate: float = 3e-4
+    targets: str = "all"
+    output_weight: float = 1.0
+    max_norm: float = 1.0
+    autocast: torch.dtype | None = None
+    start: str = "compensated"
+    start_batches: int = 8
+    seed: int = 0
+    queue: int = 8
+    forcing: float = 0.5
+
+    def __post_init__(self):
+        for name in ("stages", "steps", "start_batches", "queue"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}={value!r} is no count; use an integer of at least 1")
+        for name in ("learning_rate", "scale_learning_rate", "max_norm"):
+            value = getattr(self, name)
+            if not (isinstance(value, int | float) and 0.0 < value < math.inf):
+                raise ValueError(f"{name}={value!r} is not allowed; use a number above 0")
+        if not (isinstance(self.output_weight, int | float) and 0.0 <= self.output_weight < math.inf):
+            raise ValueError(f"output_weight={self.output_weight!r} is not allowed; use a number of at least 0")
+        if not (isinstance(self.forcing, int | float) and 0.0 <= self.forcing <= 1.0):
+            raise ValueError(f"forcing={self.forcing!r} is no share of the steps; use a number from 0 to 1")
+        for name, allowed in (("targets", TARGETS), ("start", STARTS)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)!r} is unknown; use one of {allowed}")
+
+
+def reconstruction_error(found: dict[str, Tensor], wanted: dict[str, Tensor], batch: Batch, output_weight: float) -> Tensor:
+    """The sum over what is wanted of |found - wanted|^2 / |wanted|^2, both taken over all positions together.
+
+    Args:
+        found, wanted (`dict[str, Tensor]`): see `stages.run_stage`; what is not wanted does not count.
+        batch (`dict`): what the model was called with; positions where a mask of their shape is 0 are left out.
+        output_weight (`float`): of the model's own outputs.
+
+    Shapes: (B, L, D) or (B, D) each -> () float32.
+    """
+    total = torch.zeros((), device=next(iter(wanted.values())).device)
+    for name, target in wanted.items():
+        target = target.float()
+        error, size = (found[name].float() - target).square().sum(dim=-1), target.square().sum(dim=-1)
+        masks = [batch[m] for m in MASKS if batch.get(m) is not None and batch[m].shape == error.shape]
+        if masks:
+            counts = torch.stack(masks).bool().all(dim=0)
+            error, size = error[counts], size[counts]
+        total = total + (output_weight if name in OUTPUTS else 1.0) * error.sum() / size.sum().clamp(min=1e-12)
+    return total
+
+
+def wanted_states(states: dict[str, Tensor], stage: Stage, settings: ReconstructionSettings) -> dict[str, Tensor]:
+    """What a stage is to learn, of what the float stage returned."""
+    skipped = set(stage.blocks[:-1]) if settings.targets == "last" else set()
+    if not settings.output_weight:
+        skipped |= set(OUTPUTS)
+    return {name: state for name, state in states.items() if name not in skipped}
+
+
+class StageTraining:
+    """The training of one stage of a student.
+
+    Args:
+        student (`nn.Module`): fake-quantized, in evaluation mode, frozen.
+        stage (`Stage`): whose Parameters are trained: weights, step sizes, scales of static inputs.
+        settings (`ReconstructionSettings`): how.
+    """
+
+    def __init__(self, student: nn.Module, stage: Stage, settings: ReconstructionSettings):
+        self.student, self.stage, self.settings = student, stage, settings
+        layers = [layer for _, layer in low_bit_layers(student) if layer.owner is layer]
+        kept = {id(m._parameters[n]) for m in layers for n in SCALES if m._parameters.get(n) is not None}
+        scales = {id(p) for m in layers for p in (m.weight_scale, m.input_scale) if p is not None}
+        own = [student.get_parameter(name) for name in stage.parameters]
+        self.scales = [p for p in own if id(p) in scales]
+        self.weights = [p for p in own if p.is_floating_point() and id(p) not in kept]
+        self.optimizer, self.schedule = make_optimizer(self.weights, self.scales, settings)
+        self.done = 0
+
+    @torch.enable_grad()
+    def step(self, batch: Batch, memory: Memory, wanted: dict[str, Tensor]) -> tuple[float, Memory]:
+        """One step on one batch.
+
+        Args:
+            batch (`dict`): what the model is called with.
+            memory (`Memory`): what the blocks before the stage are to answer.
+            wanted (`dict[str, Tensor]`): what the float stage returned.
+
+        Returns:
+            `tuple`: the error before the step; the memory for the next stage, as this stage was before the step.
+
+        Raises:
+            FloatingPointError: the error is NaN or infinite. Nothing was changed by this step.
+        """
+        trained, dtype = [*self.weights, *self.scales], self.settings.autocast
+        try:
+            for p in trained:
+                p.requires_grad_(True)
+            with torch.autocast(trained[0].device.type, dtype) if dtype else nullcontext():
+                states, kept = run_stage(self.student, self.stage, batch, memory)
+            error = reconstruction_error(states, wanted, batch, self.settings.output_weight)
+            value = error.item()
+            if not math.isfinite(value):
+                raise FloatingPointError(
+                    f"{self.stage.title}: the reconstruction error became {value} at step {self.done + 1} of "
+                    f"{self.settings.steps}; try a smaller learning_rate (now {self.settings.learning_rate})"
+                )
+            error.backward()
+            nn.utils.clip_grad_norm_(trained, self.settings.max_norm)
+            self.optimizer.step()
+        finally:
+            for p in trained:
+                p.grad = None
+                p.requires_grad_(False)
+        self.schedule.step()
+        self.done += 1
+        return value, kept
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that `load_state_dict` needs to go on as if nothing had happened."""
+        return {
+            "parameters": own_tensors(self.student, self.stage),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "done": self.done,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a state that `state_dict` gave."""
+        load_tensors(self.student, state["parameters"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        self.done = state["done"]
+
+
+def make_optimizer(
+    weights: list[nn.Parameter], scales: list[nn.Parameter], settings: ReconstructionSettings
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+    """Optimizer and schedule; step sizes have a rate of their own and stay positive."""
+    groups = [
+        {"params": weights, "lr": settings.learning_rate},
+        {"params": scales, "lr": settings.scale_learning_rate},
+    ]
+    optimizer = torch.optim.AdamW([g for g in groups if g["params"]], weight_decay=0.0, fused=True)
+    keep_positive(optimizer, scales)
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, partial(warm_cosine, settings.steps))
+
+
+def own_tensors(student: nn.Module, stage: Stage) -> dict[str, Tensor]:
+    """The tensors that go with a stage, by name."""
+    return {name: student.get_parameter(name).detach() for name in stage.parameters}
+
+
+@torch.no_grad()
+def load_tensors(student: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Write tensors into a student, by name."""
+    for name, tensor in tensors.items():
+        student.get_parameter(name).copy_(tensor)
+
+
+def batch_order(count: int, seed: int) -> Iterator[int]:
+    """Numbers of batches without end: pass after pass over all of them, each in an order of its own."""
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        yield from torch.randperm(count, generator=generator).tolist()
+
+
+def start_batches(count: int, settings: ReconstructionSettings) -> list[int]:
+    """The numbers of the batches that a start looks at, of `count`."""
+    wanted = min(count, settings.start_batches)
+    return [i * count // wanted for i in range(wanted)]
+
+
+def compensate_stage(
+    teacher: nn.Module,
+    student: nn.Module,
+    stage: Stage,
+    batches: Sequence[Batch],
+    known: Sequence[tuple[Memory, Memory]],
+) -> None:
+    """Compensate the rounding errors of one stage, in place.
+
+    Args:
+        teacher, student (`nn.Module`): the float model and its fake-quantized copy.
+        stage (`Stage`): which.
+        batches (`Sequence[dict]`): those to look at.
+        known (`Sequence[tuple]`): for each of them, what the stage is given in the teacher and in the student.
+    """
+    order = [u for u in units(student, batches[0]) if u in stage.blocks or f"{u}.weight" in stage.parameters]
+    returned = ({name: [k[side][of] for k in known] for name, of in stage.answers.items()} for side in (0, 1))
+    replays = [Replay(model, batches, answers) for model, answers in zip((teacher, student), returned, strict=True)]
+    compensate_units(tuple(replays), order, CompensationSettings())
+
+
+def check_models(
+    teacher: nn.Module, student: nn.Module, batches: Sequence[Batch], settings: ReconstructionSettings
+) -> None:
+    """Freeze both models in evaluation mode.
+
+    Raises:
+        ValueError: no batch; a student without a fake-quantized layer, or one that cannot start as the settings say.
+    """
+    if not batches:
+        raise ValueError("no batch to reconstruct outputs on; give at least one")
+    if not any(True for _ in low_bit_layers(student)):
+        raise ValueError("the student has no fake-quantized layer to train; call prepare(model, scheme) first")
+    if settings.start == "compensated":
+        check_compensable(student)
+    for model in (teacher, student):
+        model.eval().requires_grad_(False)
+
+
+class SequentialReconstruction:
+    """MREM-S: stage after stage.
+
+    Args:
+        teacher (`nn.Module`): the float model. It may share the Parameters of its blocks with the student: a stage of it is
+            run for the last time before that stage of the student is trained.
+        student (`nn.Module`): its fake-quantized copy, trained in place.
+        batches (`Sequence[dict]`): what both are called with.
+        settings (`ReconstructionSettings`): how.
+
+    Raises:
+        ValueError: see `check_models` and `stages.cut`.
+    """
+
+    def __init__(self, teacher: nn.Module, student: nn.Module, batches: Sequence[Batch], settings: ReconstructionSettings):
+        check_models(teacher, student, batches, settings)
+        self.teacher, self.student, self.batches, self.settings = teacher, student, batches, settings
+        self.stages = cut(student, batches[0], settings.stages)
+        self.losses: list[list[float]] = []
+        self.resumable = True  # whether `state_dict` has all that was done: when a stage has ended
+        self._finished: list[dict[str, Tensor]] = []
+
+    def own_stages(self) -> list[Stage]:
+        """Those that this process trains."""
+        return self.stages
+
+    @property
+    def done(self) -> int:
+        """Steps of all stages."""
+        return len(self._finished) * self.settings.steps
+
+    def steps(self) -> Iterator[tuple[Stage, float]]:
+        """Train what is left; yields each stage and its error, step by step."""
+        known: list[tuple[Memory, Memory]] = [({}, {})] * len(self.batches)
+        for stage in self.stages:
+            ran = [self._run(self.teacher, stage, i, known[i][0]) for i in range(len(self.batches))]
+            if stage.index < len(self._finished):
+                load_tensors(self.student, self._finished[stage.index])
+            else:
+                wanted = [wanted_states(states, stage, self.settings) for states, _ in ran]
+                self._start(stage, known)
+                yield from self._train(stage, [student for _, student in known], wanted)
+            if not stage.last:
+                students = [self._run(self.student, stage, i, known[i][1])[1] for i in range(len(self.batches))]
+                known = [(teacher, student) for (_, teacher), student in zip(ran, students, strict=True)]
+
+    def _start(self, stage: Stage, known: list[tuple[Memory, Memory]]) -> None:
+        if self.settings.start == "compensated":
+            chosen = start_batches(len(self.batches), self.settings)
+            batches, memories = [self.batches[i] for i in chosen], [known[i] for i in chosen]
+            compensate_stage(self.teacher, self.student, stage, batches, memories)
+
+    def _train(
+        self, stage: Stage, memories: list[Memory], wanted: list[dict[str, Tensor]]
+    ) -> Iterator[tuple[Stage, float]]:
+        training = StageTraining(self.student, stage, self.settings)
+        order = batch_order(len(self.batches), self.settings.seed)
+        losses: list[float] = []
+        self.resumable = False
+        for i in order:
+            losses.append(training.step(self.batches[i], memories[i], wanted[i])[0])
+            if training.done == self.settings.steps:
+                break
+            yield stage, losses[-1]
+        self.losses.append(losses)
+        self._finished.append(own_tensors(self.student, stage))
+        self.resumable = True
+        yield stage, losses[-1]
+
+    @torch.no_grad()
+    def _run(self, model: nn.Module, stage: Stage, i: int, memory: Memory) -> tuple[dict[str, Tensor], Memory]:
+        return run_stage(model, stage, self.batches[i], memory)
+
+    def finish(self) -> None:
+        """All steps are made: everything that was trained is in the student."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """The stages that are finished: all that `load_state_dict` needs to go on with the next."""
+        return {"finished": self._finished, "losses": self.losses}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a state that `state_dict` gave; before `steps` is called."""
+        self._finished, self.losses = list(state["finished"]), list(state["losses"])

@@ -1,0 +1,121 @@
+"""MREM's config; `reconstruct.py` has what it asks for."""
+
+import math
+from typing import Any
+
+from ..algorithms.reconstruction import ReconstructionSettings
+from .configs import ALGORITHMS, RANGE_METHODS, LowBitConfig
+from .zsaq import AUTOCASTS, SHORTEST
+
+
+ZERO_SHOT = "zero-shot"
+_SETTINGS = {
+    "steps": 120,
+    "learning_rate": 3e-4,
+    "scale_learning_rate": 3e-4,
+    "targets": "all",
+    "output_weight": 1.0,
+    "start": "compensated",
+    "queue": 8,
+    "forcing": 0.5,
+}
+_OWN = {
+    "stages": None,
+    "parallel": False,
+    "batch_size": 32,
+    "sequence_length": None,
+    "start_samples": 256,
+    "autocast": "auto",
+    "state": None,
+    "timeout": 600.0,
+}
+_NOT_STORED = ("state", "timeout")
+
+
+class MREMConfig(LowBitConfig):
+    """Module-wise reconstruction: post-training quantization from some hundreds or thousands of unlabelled texts.
+
+    The model is cut into stages of consecutive blocks, and each learns to return what the float stage returns.
+
+    Args:
+        calibration_data: a list of strings or of dicts with "text" and "text_pair", a `datasets.Dataset` with these
+            columns, the path of a file that holds one; or "zero-shot": sequences from ZSAQ's generator, which needs no
+            data. The model's own tokenizer reads it. Needed to quantize; never stored.
+        calibration_samples (`int`): sequences used of it, from its beginning.
+        stages (`int`, *optional*): into how many the model is cut; None: 4, or as many as it has blocks.
+        steps (`int`), batch_size (`int`): steps of each stage, texts a step. Batches are of texts of about the same length.
+        sequence_length (`int`, *optional*): tokens of a text that count; None: 128.
+        parallel (`bool`): False: one stage after the other, each on the outputs of the quantized stages before it (MREM-S).
+            True: all stages at once, fed by queues (MREM-P); under torchrun each process trains one or more of them.
+        learning_rate, scale_learning_rate (`float`): of the weights, and of the step sizes of weights and static inputs.
+        targets (`str`), output_weight (`float`): which outputs are learned, see `ReconstructionSettings`.
+        start (`str`): "compensated": the codes from which a stage's training starts make up for each other's errors;
+            "rounding": each weight is rounded on its own.
+        start_samples (`int`): texts that "compensated" looks at.
+        queue (`int`), forcing (`float`): MREM-P's t0 in batches, and T0 as a share of the steps.
+        ranges (`str`): as in `LowBitConfig`, or "auto": "lsq" for 2 bits with one scale a matrix, else "mse".
+        autocast (`str`): dtype of the matmuls while training: "bfloat16", "float32", or "auto": bfloat16 where the
+            processor multiplies it. Weights are float32.
+        state (`str`, *optional*): file that finished stages (with `parallel`: all stages, every 25 steps) are kept in; a
+            run that was interrupted and is started again with it goes on, bit for bit. It is removed at the end. Not
+            stored.
+        timeout (`float`): seconds that a process waits for another one before it gives up. Not stored.
+        seed (`int`): of the order of the batches, and of the generator.
+        **fields: those of `LowBitConfig`.
+
+    Raises:
+        ValueError: see `LowBitConfig` and `ReconstructionSettings`.
+
+    Source: Bai et al., "Towards Efficient Post-training Quantization of Pre-trained Language Models", NeurIPS 2022;
+    4 stages are the paper's, every other default is our choice (docs/methods/mrem.md).
+    """
+
+    algorithm = "mrem"
+    trains_on_load = True
+    range_methods = ("auto", *RANGE_METHODS)
+
+    def __init__(self, **fields: Any):
+        for name, default in (_SETTINGS | _OWN).items():
+            setattr(self, name, fields.pop(name, default))
+        super().__init__(**{"ranges": "auto", "calibration_samples": 1024, **fields})
+
+    @classmethod
+    def _fields(cls) -> list[str]:
+        return [*_SETTINGS, *_OWN, *super()._fields()]
+
+    def _check_values(self) -> None:
+        super()._check_values()
+        for name in ("batch_size", "start_samples"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}={value!r} is no count; use an integer of at least 1")
+        if not (isinstance(self.timeout, int | float) and 0.0 < self.timeout < math.inf):
+            raise ValueError(f"timeout={self.timeout!r} is not allowed; use a number of seconds above 0")
+        self.settings(1 if self.stages is None else self.stages)
+        length = self.sequence_length
+        if length is not None and (not isinstance(length, int) or length < SHORTEST):
+            raise ValueError(f"sequence_length={length!r} is too short; use an integer of at least {SHORTEST}, or None")
+        for name, allowed in (("parallel", (True, False)), ("autocast", AUTOCASTS)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)!r} is not allowed; use one of {allowed}")
+        if self.start == "compensated" and self.ranges == "ternary":
+            raise ValueError("start='compensated' does not go with ranges='ternary'; use start='rounding' or ranges='mse'")
+
+    def _check_calibration_data(self) -> None:
+        """It trains the model, whatever its inputs are."""
+
+    def settings(self, stages: int) -> ReconstructionSettings:
+        """What `algorithms/reconstruction.py` is given, for a model cut into that many stages."""
+        batches = -(-self.start_samples // self.batch_size)
+        own = {name: getattr(self, name) for name in _SETTINGS}
+        return ReconstructionSettings(stages=stages, start_batches=batches, seed=self.seed, **own)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON that is stored."""
+        stored = super().to_dict()
+        for name in _NOT_STORED:
+            del stored[name]
+        return stored
+
+
+ALGORITHMS[MREMConfig.algorithm] = MREMConfig
