@@ -19,6 +19,7 @@ from .dense import dense_products
 from .integer_inputs import FEW_ROWS, IntegerInputs, integer_inputs
 from .packed_tensors import PackedTensors
 from .prepacked import all_prepacked, prepacked
+from .sparse import add_outliers
 
 
 logger = logging.getLogger(__name__)
@@ -102,24 +103,6 @@ def _finish(inputs: IntegerInputs, y: Tensor, packed: PackedTensors, bias: Tenso
     else:
         y = torch.addcmul(bias.float(), y, inputs.scale, out=y)
     return y if dtype == torch.float32 else y.to(dtype)
-
-
-def add_outliers(y: Tensor, x: Tensor, packed: PackedTensors) -> Tensor:
-    """Add what the outliers' residuals contribute, in place. Shapes: y (M, O) float32, x (M, I) float32 -> (M, O)."""
-    return y.add_((_outlier_matrix(packed) @ x.t()).t())
-
-
-def _outlier_matrix(packed: PackedTensors) -> Tensor:
-    return _sparse(packed) if packed.runtime == "small" else prepacked(packed, "outliers", _sparse)
-
-
-def _sparse(packed: PackedTensors) -> Tensor:
-    positions, columns = packed.outlier_positions, packed.columns
-    starts = torch.arange(packed.rows + 1, device=positions.device) * columns
-    rows = torch.searchsorted(positions.long(), starts).to(torch.int32)
-    values = packed.outlier_values.detach()
-    size = (packed.rows, columns)
-    return torch.sparse_csr_tensor(rows, positions % columns, values, size, check_invariants=False)
 
 
 # Integer weights -----------------------------------------------------------------------------------------------------

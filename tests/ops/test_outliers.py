@@ -17,6 +17,22 @@ def test_largest_positions_are_those_of_topk(count, dtype, device):
         assert torch.equal(magnitudes[found.long()].sort().values, magnitudes.topk(count).values.sort().values)
 
 
+@pytest.mark.parametrize("chunk", [2**22, 8])
+def test_of_equal_magnitudes_the_first_are_taken(chunk, monkeypatch, device):
+    monkeypatch.setattr(outliers, "_CHUNK", chunk)
+    for seed in range(30):
+        generator = torch.Generator().manual_seed(seed)
+        weight = torch.randint(-3, 4, (5, 13), generator=generator).float()
+        for count in (1, 9, 40, 65):
+            order = sorted(range(65), key=lambda i: (-abs(weight.flatten()[i].item()), i))
+            assert largest_positions(weight.to(device), count).tolist() == sorted(order[:count]), (seed, count)
+
+
+def test_weights_that_are_not_finite_come_first():
+    weight = torch.tensor([[1.0, torch.nan, 3.0, -torch.inf]])
+    assert largest_positions(weight, 3).tolist() == [1, 2, 3]
+
+
 @pytest.mark.parametrize("count", [1, 5, 40])
 def test_chunks_give_the_same_positions(count, monkeypatch):
     weight = random_weight(5, 13, 0)
