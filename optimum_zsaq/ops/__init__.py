@@ -4,7 +4,14 @@ Functions of tensors and a `QuantSpec`; no modules, no state, inputs are never c
 """
 
 from .affine import dequantize, fake_quantize, fake_quantize_tokens, quantize
-from .outliers import add_outliers, first_largest, gather_outlier_rows, largest_positions
+from .outliers import (
+    add_outliers,
+    first_largest,
+    gather_outlier_rows,
+    largest_positions,
+    sum_at_positions,
+    union_of_positions,
+)
 from .packing import pack_codes, packed_columns, unpack_codes
 from .ranges import NOT_FINITE, RANGES, find_input_range, find_ranges
 from .rounding import round_ste
@@ -26,5 +33,7 @@ __all__ = [
     "packed_columns",
     "quantize",
     "round_ste",
+    "sum_at_positions",
+    "union_of_positions",
     "unpack_codes",
 ]

@@ -4,6 +4,8 @@ PreQuant (https://huggingface.co/papers/2306.00014) tunes about 0.5 % "outlier" 
 us. Largest magnitude over the whole matrix is our choice, measured in docs/methods/prequant.md.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -56,6 +58,30 @@ def add_outliers(weight: Tensor, positions: Tensor, values: Tensor) -> Tensor:
     Shapes: weight (O, I) float, positions (k,) int32, values (k,) float32 -> (O, I); differentiable in both.
     """
     return weight.reshape(-1).index_add(0, positions.long(), values.to(weight.dtype)).view_as(weight)
+
+
+def union_of_positions(parts: Sequence[Tensor]) -> tuple[Tensor, list[Tensor | None]]:
+    """All positions of several tensors, and where in them those of each part are: None, if a part has them all.
+
+    Shapes: parts of (k,) int32 ascending -> (n,) int32 ascending, [(k,) int64 or None]. The first part is returned itself if
+    it has all.
+    """
+    everything = parts[0]
+    if not all(torch.equal(part, everything) for part in parts[1:]):
+        everything = torch.cat(list(parts)).unique()
+    whole = len(everything)
+    return everything, [None if len(p) == whole else torch.searchsorted(everything, p) for p in parts]
+
+
+def sum_at_positions(parts: Sequence[Tensor], where: Sequence[Tensor | None], count: int) -> Tensor:
+    """The sum of values whose places `union_of_positions` found. Shapes: parts of (k,) float32 -> (count,) float32."""
+    total = None
+    for values, index in zip(parts, where, strict=True):
+        if index is not None:
+            total = (values.new_zeros(count) if total is None else total).index_add(0, index, values)
+        else:
+            total = values if total is None else total + values
+    return total
 
 
 def gather_outlier_rows(rows: Tensor, columns: int, positions: Tensor, values: Tensor) -> Tensor:
