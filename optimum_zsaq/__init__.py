@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "LayerSpec": "spec",
     "LowBitConfig": "integrations.configs",
+    "OutlierConfig": "integrations.peft",
     "PreQuantConfig": "integrations.configs",
     "QuantScheme": "spec",
     "QuantSpec": "spec",
@@ -29,6 +30,7 @@ _EXPORTS = {
 __all__ = [  # noqa: F822 -- loaded on first use
     "LayerSpec",
     "LowBitConfig",
+    "OutlierConfig",
     "PreQuantConfig",
     "QuantScheme",
     "QuantSpec",

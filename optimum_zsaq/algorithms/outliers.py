@@ -31,7 +31,7 @@ def magnitude(weight: Tensor, rounded: Tensor | None = None, seed: int = 0) -> T
 
     Args:
         weight (`torch.Tensor`): the float weight, or on a packed layer the one that its codes and outliers stand for.
-        rounded (`torch.Tensor`, *optional*): the one that its codes alone stand for; None where there is only one of the two.
+        rounded (`torch.Tensor`, *optional*): what its codes alone stand for; None where there is only one of the two.
         seed (`int`): of a random criterion.
     """
     return weight.abs()

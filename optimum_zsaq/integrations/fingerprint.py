@@ -18,7 +18,13 @@ from .checkpoint import tensor_crc
 from .configs import body_name
 
 
-_OF_A_PACKED_LAYER = ("weight_codes", "weight_scale", "weight_zero_point", "weight_outlier_positions", "weight_outlier_values")
+_OF_A_PACKED_LAYER = (
+    "weight_codes",
+    "weight_scale",
+    "weight_zero_point",
+    "weight_outlier_positions",
+    "weight_outlier_values",
+)
 _OF_INPUTS = ("input_scale", "input_zero_point")
 
 
@@ -71,6 +77,6 @@ def check_fingerprint(found: dict[str, str], wanted: dict[str, str]) -> None:
     else:
         why = f"the scheme is the same, the weights are not (checksums {wanted.get('weights')} and {found['weights']})"
     raise ValueError(
-        f"the adapter belongs to another base: {why}. Load the base that its adapter_config.json names. If you know that it "
-        "goes with this one, set config.check_base=False on PeftConfig.from_pretrained(adapter) and hand that over as config="
+        f"the adapter belongs to another base: {why}. Load the base that its adapter_config.json names. If you know that "
+        "it goes with this one, set config.check_base=False on PeftConfig.from_pretrained(adapter) and pass that as config="
     )

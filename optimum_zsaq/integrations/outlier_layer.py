@@ -233,7 +233,9 @@ class OutlierLinear(nn.Module, BaseTunerLayer):
             if name in self._adapter(BIASES):
                 changes.append((base.bias.data, (slice(None),), self._adapter(BIASES)[name]))
             before = [(tensor, where, tensor[where].clone()) for tensor, where, _ in changes]
-            merged = [(old.float() + new.float()).to(old.dtype) for (_, _, old), (_, _, new) in zip(before, changes, strict=True)]
+            merged = [
+                (old.float() + new.float()).to(old.dtype) for (_, _, old), (_, _, new) in zip(before, changes, strict=True)
+            ]
             if safe_merge and not all(torch.isfinite(values).all() for values in merged):
                 raise ValueError(f"the adapter {name!r} makes weights that are not finite; it seems to be broken")
             for (tensor, where, _), values in zip(before, merged, strict=True):

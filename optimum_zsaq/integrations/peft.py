@@ -1,7 +1,7 @@
 """Outlier adapters for PEFT: a model is quantized once, and a task trains its few outlier weights alone (PreQuant).
 
 `OutlierConfig` and `OutlierModel` are registered with PEFT when this module is imported: `get_peft_model`, `add_adapter`,
-`load_adapter`, `AutoPeftModelFor...`, `disable_adapter`, `save_pretrained` and Trainer then work as with any of its methods.
+`load_adapter`, `AutoPeftModelFor...`, `disable_adapter`, `save_pretrained` and Trainer then work as with its own methods.
 
 Source: PreQuant (https://huggingface.co/papers/2306.00014), second stage. About 0.5 % of the weights is the paper's; the
 criterion, the start value and everything else here is our choice (docs/methods/prequant_adapters.md).
@@ -225,8 +225,8 @@ def find_targets(config: OutlierConfig, model: nn.Module) -> dict[str, nn.Module
             continue
         what = "an embedding table" if isinstance(base, nn.Embedding) else f"a {type(base).__name__}"
         raise TypeError(
-            f"target_modules={config.target_modules!r} names {name}, which is {what}; outlier adapters sit on Linear layers "
-            "and Conv1D, float, fake-quantized or packed. Leave it out, or name it in exclude_modules"
+            f"target_modules={config.target_modules!r} names {name}, which is {what}; outlier adapters sit on Linear "
+            "layers and Conv1D, float, fake-quantized or packed. Leave it out, or name it in exclude_modules"
         )
     return names
 
@@ -241,7 +241,9 @@ def norm_names(model: nn.Module) -> set[str]:
 
 
 def _default_criterion(targets: dict[str, nn.Module]) -> str:
-    stores = (isinstance(base, LowBitLayer) and base.owner.weight_outlier_positions is not None for base in targets.values())
+    stores = (
+        isinstance(base, LowBitLayer) and base.owner.weight_outlier_positions is not None for base in targets.values()
+    )
     return STORED if all(stores) else "magnitude"
 
 

@@ -53,7 +53,9 @@ class LowBitLayer:
             ValueError: the layer is tied: its weight is another layer's.
         """
         if self._tied:
-            raise ValueError("a layer that reads another layer's weight stores no outliers of its own; change the other one")
+            raise ValueError(
+                "a layer that reads another layer's weight stores no outliers of its own; change the other one"
+            )
         rows, columns = self.shape
         shares = (self.spec.outliers, share or 0.0, len(positions) / (rows * columns))
         specs = (replace(self.spec, outliers=value) for value in shares)

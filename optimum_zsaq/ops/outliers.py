@@ -63,8 +63,8 @@ def add_outliers(weight: Tensor, positions: Tensor, values: Tensor) -> Tensor:
 def union_of_positions(parts: Sequence[Tensor]) -> tuple[Tensor, list[Tensor | None]]:
     """All positions of several tensors, and where in them those of each part are: None, if a part has them all.
 
-    Shapes: parts of (k,) int32 ascending -> (n,) int32 ascending, [(k,) int64 or None]. The first part is returned itself if
-    it has all.
+    Shapes: parts of (k,) int32 ascending -> (n,) int32 ascending, [(k,) int64 or None]. If all parts are equal, the first
+    is returned itself.
     """
     everything = parts[0]
     if not all(torch.equal(part, everything) for part in parts[1:]):

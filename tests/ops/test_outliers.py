@@ -2,7 +2,14 @@ import pytest
 import torch
 from conformance import random_weight
 
-from optimum_zsaq.ops import add_outliers, gather_outlier_rows, largest_positions, outliers
+from optimum_zsaq.ops import (
+    add_outliers,
+    gather_outlier_rows,
+    largest_positions,
+    outliers,
+    sum_at_positions,
+    union_of_positions,
+)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -95,3 +102,22 @@ def test_gathered_rows_are_differentiable_in_the_values():
     values = torch.randn(4, dtype=torch.float64, requires_grad=True)
     rows = torch.tensor([3, 1, 1])
     assert torch.autograd.gradcheck(lambda v: gather_outlier_rows(rows, 3, positions, v), (values,))
+
+
+@pytest.mark.parametrize("sizes", [(5,), (5, 5), (0, 4), (3, 0, 9), (12, 1), (0, 0)], ids=str)
+def test_sums_at_the_union_of_positions_are_those_of_dense_vectors(sizes, device):
+    parts = [torch.randperm(40)[:size].sort().values.to(torch.int32).to(device) for size in sizes]
+    values = [torch.randn(size, device=device) for size in sizes]
+    dense = sum(torch.zeros(40, device=device).index_add(0, p.long(), v) for p, v in zip(parts, values, strict=True))
+    everything, where = union_of_positions(parts)
+    assert everything.dtype == torch.int32
+    assert everything.tolist() == sorted({p for part in parts for p in part.tolist()})
+    found = sum_at_positions(values, where, len(everything))
+    assert torch.equal(found, dense[everything.long()])
+
+
+def test_equal_positions_are_taken_as_they_are():
+    positions = torch.tensor([1, 4], dtype=torch.int32)
+    everything, where = union_of_positions([positions, positions.clone()])
+    assert everything is positions
+    assert where == [None, None]
