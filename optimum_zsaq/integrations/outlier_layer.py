@@ -90,7 +90,7 @@ class OutlierLinear(nn.Module, BaseTunerLayer):
         base = self.get_base_layer()
         if not isinstance(base, LowBitLayer) or base.owner.weight_outlier_positions is None:
             return None
-        return base.owner.weight_outlier_positions.detach(), base.owner.weight_outlier_values
+        return base.owner.weight_outlier_positions, base.owner.weight_outlier_values
 
     def _stored_at(self, positions: Tensor) -> Tensor:
         """The residuals that the base stores at some positions, 0 elsewhere. Shapes: (k,) int32 -> (k,) float32."""

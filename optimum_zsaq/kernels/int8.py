@@ -83,9 +83,12 @@ def _multiply(inputs: IntegerInputs, packed: PackedTensors, bias: Tensor | None,
     if packed.runtime == "small":
         return _finish(inputs, _blockwise_products(inputs, packed), packed, bias, dtype)
     weight = _integer_weight(packed, inputs.rows * inputs.digits)
-    out = weight.fused(inputs) if packed.outlier_positions is None else None
+    out = weight.fused(inputs)
     if out is None:
         return _finish(inputs, weight.products(inputs), packed, bias, dtype)
+    if packed.outlier_positions is not None:
+        low, high = -inputs.point * inputs.scale, (inputs.highest - inputs.point) * inputs.scale
+        add_outliers(out.view(-1, packed.rows), inputs.rounded.clamp(low, high).view(-1, packed.columns), packed)
     if bias is not None:
         out.add_(bias)
     return out if dtype == torch.float32 else out.to(dtype)
