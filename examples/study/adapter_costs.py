@@ -4,8 +4,8 @@
 
 One thread, random weights, W4A8E4. Forward passes with and without the adapter take turns on the same model, once with a
 base that stores outliers where the adapter's are and once with one that stores none; training steps of the adapter and of
-the whole float model take turns too. Seconds are those of the CPU; peak memory is that of a process that makes a few steps of
-one kind, less what it had before the model was made.
+the whole float model take turns too. Seconds are those of the CPU; peak memory is that of a process that makes a few steps
+of one kind, less what it had before the model was made.
 """
 
 import argparse
@@ -163,3 +163,48 @@ def packed_trainer() -> Callable[[], None]:
         optimizer.step()
 
     return step
+
+
+def peak_in_a_process(kind: str) -> int:
+    """`peak`, in a fresh process."""
+    command = [sys.executable, __file__, "--peak", kind]
+    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
+
+
+def measure() -> dict[str, Any]:
+    """Everything."""
+    forward = [row for outliers in (SHARE, None) for row in time_forward(outliers)]
+    memory = {kind: peak_in_a_process(kind) for kind in KINDS}
+    memory["ratio"] = memory["adapter"] / memory["full"]
+    return {"floor": count_floor(), "forward": forward, "training": time_training(), "memory": memory}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, help="JSON file to write")
+    parser.add_argument("--peak", choices=KINDS, help="only print the peak memory of a few steps of a kind")
+    parser.add_argument("--save", type=Path, help="only save the packed base")
+    args = parser.parse_args()
+    os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+    import torch
+
+    torch.set_num_threads(1)
+    if args.peak is not None:
+        print(peak(args.peak))
+        return 0
+    if args.save is not None:
+        base(SHARE).save_pretrained(args.save)
+        return 0
+    found = measure()
+    if args.output:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        args.output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    for row in found["forward"]:
+        where = "a base that stores the same outliers" if row["stored"] else "a base that stores none"
+        print(f"forward {row['shape']}, on {where}: {row['ratio']:.2f} times")
+    print(f"training step: {found['training']['ratio']:.2f} times; peak memory: {found['memory']['ratio']:.2f} times")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
