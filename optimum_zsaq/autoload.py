@@ -1,8 +1,9 @@
-"""Loading a low-bit checkpoint in a process that never imports this package.
+"""Loading a low-bit checkpoint, or an adapter, in a process that never imports this package.
 
-`install` is the `torch.backends` entry point, called at the end of `import torch`. It only arms an import hook: when
-transformers has imported its base class of models, the package registers itself. Nothing here may ever raise: a fault
-would break `import torch`. `OPTIMUM_ZSAQ_AUTOLOAD=0` turns it off.
+`install` is the `torch.backends` entry point, called at the end of `import torch`. It only arms import hooks: when
+transformers has imported its base class of models, and when PEFT has imported the last of its modules, the package
+registers itself with them. Nothing here may ever raise: a fault would break `import torch`. `OPTIMUM_ZSAQ_AUTOLOAD=0` turns
+it off.
 """
 
 import importlib
@@ -11,9 +12,11 @@ import importlib.util
 import os
 import sys
 import warnings
+from collections.abc import Callable
 
 
 TARGET = "transformers.modeling_utils"
+ADAPTERS = "peft.mixed_model"  # the last one that `peft/__init__.py` imports
 SWITCH = "OPTIMUM_ZSAQ_AUTOLOAD"
 
 
@@ -22,11 +25,12 @@ def install() -> None:
     try:
         if os.environ.get(SWITCH, "1").strip().lower() in ("0", "false", "off", "no"):
             return
-        module = sys.modules.get(TARGET)
-        if module is not None and not module.__spec__._initializing:
-            _register()
-        elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
-            sys.meta_path.insert(0, _Finder(being_imported=module is not None))
+        for target, register in ((TARGET, _register), (ADAPTERS, _register_adapters)):
+            module = sys.modules.get(target)
+            if module is not None and not module.__spec__._initializing:
+                register()
+            elif not any(isinstance(finder, _Finder) and finder.target == target for finder in sys.meta_path):
+                sys.meta_path.insert(0, _Finder(target, register, being_imported=module is not None))
     except Exception as error:
         warnings.warn(f"optimum-zsaq could not arm its autoload: {error!r}", stacklevel=2)
 
@@ -38,19 +42,27 @@ def _register() -> None:
         warnings.warn(f"optimum-zsaq could not register with transformers: {error!r}", stacklevel=2)
 
 
+def _register_adapters() -> None:
+    try:
+        importlib.import_module("optimum_zsaq.integrations.peft")
+    except Exception as error:
+        warnings.warn(f"optimum-zsaq could not register with PEFT: {error!r}", stacklevel=2)
+
+
 class _Finder(importlib.abc.MetaPathFinder):
     """Finds the target through the other finders, once, and has registration follow its execution.
 
-    Where the target itself is importing torch just now, the first file of a model family, which comes after it, serves.
+    Where transformers' target itself is importing torch just now, the first file of a model family, which comes after it,
+    serves.
     """
 
-    def __init__(self, being_imported: bool):
-        self.being_imported = being_imported
+    def __init__(self, target: str, register: Callable[[], None], being_imported: bool):
+        self.target, self.register, self.being_imported = target, register, being_imported
 
     def _wanted(self, name: str) -> bool:
-        if self.being_imported:
+        if self.being_imported and self.target == TARGET:
             return name.startswith("transformers.models.") and ".modeling_" in name
-        return name == TARGET
+        return name == self.target
 
     def find_spec(self, name, path=None, target=None):
         if not self._wanted(name):
@@ -60,7 +72,7 @@ class _Finder(importlib.abc.MetaPathFinder):
         try:
             spec = importlib.util.find_spec(name)
             if spec is not None and spec.loader is not None:
-                spec.loader = _Loader(spec.loader)
+                spec.loader = _Loader(spec.loader, self.register)
         except Exception as error:
             warnings.warn(f"optimum-zsaq could not follow the import of {name}: {error!r}", stacklevel=2)
             return None
@@ -68,15 +80,15 @@ class _Finder(importlib.abc.MetaPathFinder):
 
 
 class _Loader(importlib.abc.Loader):
-    def __init__(self, inner):
-        self._inner = inner
+    def __init__(self, inner, register: Callable[[], None]):
+        self._inner, self._register = inner, register
 
     def create_module(self, spec):
         return self._inner.create_module(spec)
 
     def exec_module(self, module):
         self._inner.exec_module(module)
-        _register()
+        self._register()
 
     def __getattr__(self, name):
         return getattr(self._inner, name)

@@ -12,6 +12,8 @@ from transformers import BertConfig, BertForSequenceClassification
 from optimum_zsaq import PreQuantConfig
 
 
+# PEFT asks for `is_gradient_checkpointing`, which transformers has renamed.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 SIZES = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
 
 
@@ -121,6 +123,63 @@ print("alive")"""
     done = run(code, tmp_path)
     assert done.returncode == 0, done.stderr
     assert "could not follow the import" in done.stderr
+
+
+ADAPTER = """
+{first}
+import json, torch
+from peft import PeftModel
+from transformers import AutoModelForSequenceClassification
+base = AutoModelForSequenceClassification.from_pretrained("{folder}/4")
+model = PeftModel.from_pretrained(base, "{folder}/adapter")
+with torch.no_grad():
+    print(json.dumps(model(torch.arange(5, 12)[None]).logits.tolist()))
+"""
+
+
+@pytest.fixture(scope="module")
+def adapter(checkpoints):
+    """A trained outlier adapter beside the checkpoints, and its logits."""
+    from peft import get_peft_model
+
+    from optimum_zsaq import OutlierConfig
+
+    folder = checkpoints[0]
+    model = get_peft_model(BertForSequenceClassification.from_pretrained(folder / "4"), OutlierConfig(fraction=0.1))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.normal_()
+    model.save_pretrained(folder / "adapter")
+    with torch.no_grad():
+        return folder, model(torch.arange(5, 12)[None]).logits.tolist()
+
+
+@pytest.mark.parametrize(
+    "first", ["import peft", "import torch", "import transformers", "from transformers import AutoModel"]
+)
+def test_an_adapter_loads_in_a_process_that_never_imports_the_package(adapter, tmp_path, first):
+    done = run(ADAPTER.format(folder=adapter[0], first=first), tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == adapter[1]
+
+
+def test_without_the_package_an_adapter_names_it(adapter, tmp_path):
+    code = f"from peft import PeftConfig; PeftConfig.from_pretrained('{adapter[0]}/adapter')"
+    done = run(code, tmp_path, OPTIMUM_ZSAQ_AUTOLOAD="0")
+    assert done.returncode != 0
+    assert "KeyError: 'OPTIMUM_ZSAQ'" in done.stderr
+
+
+def test_peft_without_what_we_need_breaks_no_import(tmp_path):
+    code = """
+import sys
+sys.modules["optimum_zsaq.integrations.peft"] = None
+from peft import LoraConfig
+print("alive")"""
+    done = run(code, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "alive" in done.stdout
+    assert "optimum-zsaq could not register with PEFT" in done.stderr
 
 
 def test_import_is_light(tmp_path):

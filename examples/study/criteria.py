@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from optimum_zsaq import QuantScheme, QuantSpec, pack, prepare
+from optimum_zsaq.algorithms.outliers import chance, error
 from optimum_zsaq.ops import fake_quantize, find_ranges, largest_positions
 from optimum_zsaq.surgery import low_bit_layers
 
 
 def by_error(weight: Tensor, spec: QuantSpec) -> Tensor:
     """What rounding does to a weight, in the range that is best without outliers."""
-    scale, zero_point = find_ranges(weight, spec)
-    return (weight - fake_quantize(weight, scale, zero_point, spec)).abs()
+    return error(weight, fake_quantize(weight, *find_ranges(weight, spec), spec))
 
 
 def by_row(weight: Tensor, spec: QuantSpec) -> Tensor:
@@ -26,7 +26,7 @@ def by_row(weight: Tensor, spec: QuantSpec) -> Tensor:
 
 def by_chance(weight: Tensor, spec: QuantSpec) -> Tensor:
     """Any weights: what the bytes alone are worth."""
-    return torch.rand(weight.shape, generator=torch.Generator().manual_seed(0))
+    return chance(weight)
 
 
 CRITERIA: dict[str, Callable[[Tensor, QuantSpec], Tensor]] = {"error": by_error, "row": by_row, "chance": by_chance}

@@ -16,6 +16,7 @@ from .gradient import input_gradient
 from .int8 import integer_linear
 from .packed_tensors import PackedTensors
 from .registry import choose_kernel
+from .sparse import value_gradient
 
 
 def _spec_text(spec: LayerSpec) -> str:
@@ -34,7 +35,7 @@ def _spec(text: str) -> LayerSpec:
 
 def compiled_linear(x: Tensor, packed: PackedTensors, bias: Tensor | None) -> Tensor:
     """`packed_linear` as a graph sees it. Shapes: x (..., I), bias (O,) or None -> (..., O) in x's dtype."""
-    gradient = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
+    gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, bias, packed.outlier_values))
     spec = packed.spec
     if (
         not gradient
@@ -75,6 +76,7 @@ def _tensors(packed: PackedTensors) -> tuple[Tensor | None, ...]:
 # Operators -----------------------------------------------------------------------------------------------------------
 
 _LIBRARY = library.Library("zsaq", "FRAGMENT")
+_VALUES = 6  # where `packed_linear` takes the outliers' residuals
 _ANY_DEVICE = "CompositeExplicitAutograd"
 
 
@@ -98,7 +100,7 @@ def _setup_context(ctx, inputs, output):
     ctx.spec, ctx.columns = spec, columns
     ctx.bias_dtype = None if bias is None else bias.dtype
     static = _spec(spec).inputs is not None and tensors[5] is not None
-    ctx.save_for_backward(x if static else None, *tensors)
+    ctx.save_for_backward(x if static or ctx.needs_input_grad[_VALUES] else None, *tensors)
 
 
 def _backward(ctx, grad):
@@ -106,7 +108,10 @@ def _backward(ctx, grad):
     packed = PackedTensors(_spec(ctx.spec), ctx.columns, *tensors)
     grad_x = input_gradient(grad, packed, x) if ctx.needs_input_grad[0] else None
     grad_bias = grad.reshape(-1, grad.shape[-1]).sum(dim=0).to(ctx.bias_dtype) if ctx.needs_input_grad[1] else None
-    return grad_x, grad_bias, *[None] * 11
+    grads = [grad_x, grad_bias, *[None] * 11]
+    if ctx.needs_input_grad[_VALUES]:
+        grads[_VALUES] = value_gradient(grad, packed.inputs(x), packed.outlier_positions)
+    return tuple(grads)
 
 
 _define(

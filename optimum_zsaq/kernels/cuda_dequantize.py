@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from ..spec import LayerSpec, QuantSpec
-from .int8 import add_outliers
 from .packed_tensors import PackedTensors
+from .sparse import add_outliers
 
 
 logger = logging.getLogger(__name__)

@@ -6,9 +6,10 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from .int8 import add_outliers, widened
+from .int8 import widened
 from .packed_tensors import PackedTensors
 from .prepacked import prepacked
+from .sparse import add_outliers
 
 
 logger = logging.getLogger(__name__)

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from ..ops import unpack_codes
-from .int8 import add_outliers, is_exact, many_float_rows
+from .int8 import is_exact, many_float_rows
 from .packed_tensors import PackedTensors
 from .prepacked import prepacked
+from .sparse import add_outliers
 
 
 _GROUPS = (256, 128, 64, 32)  # what the kernel serves

@@ -19,6 +19,7 @@ from .dense import dense_products
 from .integer_inputs import FEW_ROWS, IntegerInputs, integer_inputs
 from .packed_tensors import PackedTensors
 from .prepacked import all_prepacked, prepacked
+from .sparse import add_outliers
 
 
 logger = logging.getLogger(__name__)
@@ -82,9 +83,12 @@ def _multiply(inputs: IntegerInputs, packed: PackedTensors, bias: Tensor | None,
     if packed.runtime == "small":
         return _finish(inputs, _blockwise_products(inputs, packed), packed, bias, dtype)
     weight = _integer_weight(packed, inputs.rows * inputs.digits)
-    out = weight.fused(inputs) if packed.outlier_positions is None else None
+    out = weight.fused(inputs)
     if out is None:
         return _finish(inputs, weight.products(inputs), packed, bias, dtype)
+    if packed.outlier_positions is not None:
+        low, high = -inputs.point * inputs.scale, (inputs.highest - inputs.point) * inputs.scale
+        add_outliers(out.view(-1, packed.rows), inputs.rounded.clamp(low, high).view(-1, packed.columns), packed)
     if bias is not None:
         out.add_(bias)
     return out if dtype == torch.float32 else out.to(dtype)
@@ -102,24 +106,6 @@ def _finish(inputs: IntegerInputs, y: Tensor, packed: PackedTensors, bias: Tenso
     else:
         y = torch.addcmul(bias.float(), y, inputs.scale, out=y)
     return y if dtype == torch.float32 else y.to(dtype)
-
-
-def add_outliers(y: Tensor, x: Tensor, packed: PackedTensors) -> Tensor:
-    """Add what the outliers' residuals contribute, in place. Shapes: y (M, O) float32, x (M, I) float32 -> (M, O)."""
-    return y.add_((_outlier_matrix(packed) @ x.t()).t())
-
-
-def _outlier_matrix(packed: PackedTensors) -> Tensor:
-    return _sparse(packed) if packed.runtime == "small" else prepacked(packed, "outliers", _sparse)
-
-
-def _sparse(packed: PackedTensors) -> Tensor:
-    positions, columns = packed.outlier_positions, packed.columns
-    starts = torch.arange(packed.rows + 1, device=positions.device) * columns
-    rows = torch.searchsorted(positions.long(), starts).to(torch.int32)
-    values = packed.outlier_values.detach()
-    size = (packed.rows, columns)
-    return torch.sparse_csr_tensor(rows, positions % columns, values, size, check_invariants=False)
 
 
 # Integer weights -----------------------------------------------------------------------------------------------------

@@ -43,6 +43,7 @@ class IntegerInputs:
     digits: int = 1
     _codes: Tensor | None = None
     _rounded: Tensor | None = None
+    _dense: Tensor | None = None
 
     @property
     def rows(self) -> int:
@@ -88,11 +89,14 @@ class IntegerInputs:
         return levels if self.highest == 255 else levels.clamp_(-self.point, self.highest - self.point)
 
     def dense(self) -> Tensor:
-        """The values. Shapes: (M, I) float32."""
-        levels = self.combine(self.codes.float().sub_(self.point))
-        if self.shift is not None:
-            levels = levels.add_(self.shift)
-        return levels.mul_(self.scale)
+        """The values, kept for the next layer that reads them. Shapes: (M, I) float32."""
+        if self._dense is None:
+            if self.digits == 1:
+                offset = self.point if self.shift is None else self.point - self.shift
+                self._dense = self.codes.float().sub_(offset).mul_(self.scale)
+            else:
+                self._dense = self.combine(self.codes.float().sub_(self.point)).mul_(self.scale)
+        return self._dense
 
     def combine(self, products: Tensor) -> Tensor:
         """One row of every `digits`. Shapes: (digits * M, N) float32 -> (M, N)."""

@@ -13,7 +13,7 @@ def packed_linear(x: Tensor, packed: PackedTensors, bias: Tensor | None = None) 
     """A Linear layer on a packed weight.
 
     Shapes: x (..., I) float, bias (O,) -> (..., O) in x's dtype or, under autocast, in that of autocast, as `nn.Linear`.
-    Gradients flow to x and to the bias.
+    Gradients flow to x, to the bias and to the outliers' residuals.
 
     Raises:
         ValueError: see `choose_kernel`.
@@ -28,6 +28,6 @@ def _linear(x: Tensor, packed: PackedTensors, bias: Tensor | None) -> Tensor:
     if torch.compiler.is_compiling():
         return compiled_linear(x, packed, bias)
     kernel = choose_kernel(x, packed)
-    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
-        return PackedLinearFunction.apply(x, bias, packed, kernel)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, bias, packed.outlier_values)):
+        return PackedLinearFunction.apply(x, bias, packed.outlier_values, packed, kernel)
     return kernel(x, packed, bias)

@@ -1,7 +1,7 @@
 """What kernels derive from a packed weight and keep for the next call: built lazily, once, and never saved.
 
 An entry belongs to the tensor of codes itself, not to a layer, so that compiled and exported graphs find it too, and dies
-with it. It is made anew when codes, scales, zero points or outliers were written to or moved since.
+with it. It is made anew when codes, scales or zero points were written to or moved since. Outliers are apart (`sparse.py`).
 """
 
 import threading
@@ -40,8 +40,8 @@ def all_prepacked(packed: PackedTensors) -> dict[str, Any]:
 
 
 def _stamps(packed: PackedTensors) -> tuple:
-    tensors = (packed.codes, packed.scale, packed.zero_point, packed.outlier_positions, packed.outlier_values)
-    return tuple([None if tensor is None else _stamp(tensor) for tensor in tensors])
+    tensors = (packed.codes, packed.scale, packed.zero_point)
+    return tuple([None if tensor is None else stamp(tensor) for tensor in tensors])
 
 
 def drop_prepacked(codes: Tensor) -> None:
@@ -50,6 +50,6 @@ def drop_prepacked(codes: Tensor) -> None:
         _ENTRIES.pop(codes, None)
 
 
-def _stamp(tensor: Tensor) -> tuple[int, int, int]:
+def stamp(tensor: Tensor) -> tuple[int, int, int]:
     """Changes when the values may have: other memory, or a write. Inference tensors cannot count writes."""
     return id(tensor), tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version

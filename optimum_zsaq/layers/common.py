@@ -4,6 +4,8 @@ A tied layer (an output embedding, or a second input embedding, that reads the t
 scale of its own: `owner` is the layer it reads them from.
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
@@ -41,6 +43,25 @@ class LowBitLayer:
     def _set_tensor(self, name: str, value: Tensor | None) -> None:
         """Register a scale (float32) or integer tensor as a frozen Parameter, so that DDP does not broadcast it."""
         self.register_parameter(name, None if value is None else nn.Parameter(value, requires_grad=False))
+
+    def store_outliers(self, positions: Tensor, values: Tensor, share: float | None = None) -> None:
+        """Store other outliers than until now; the spec's share of them becomes the one that gives as many.
+
+        Shapes: positions (k,) int32 ascending, values (k,) float32; k may be 0. `share` is taken if it gives k of them.
+
+        Raises:
+            ValueError: the layer is tied: its weight is another layer's.
+        """
+        if self._tied:
+            raise ValueError(
+                "a layer that reads another layer's weight stores no outliers of its own; change the other one"
+            )
+        rows, columns = self.shape
+        shares = (self.spec.outliers, share or 0.0, len(positions) / (rows * columns))
+        specs = (replace(self.spec, outliers=value) for value in shares)
+        self.spec = next(spec for spec in specs if spec.outlier_count(rows, columns) == len(positions))
+        self._set_tensor("weight_outlier_positions", positions if len(positions) else None)
+        self._set_tensor("weight_outlier_values", values if len(positions) else None)
 
     def _new_input_tensors(self) -> None:
         tensors = self.uncalibrated_input_tensors(self.weight.device)

@@ -103,11 +103,15 @@ class _FakeQuant(LowBitLayer):
         rows = torch.arange(start, start + count, device=self.weight_scale.device)
         return rows_of(self.weight_scale, rows), rows_of(self.weight_zero_point, rows)
 
-    def quantized_weight(self) -> Tensor:
-        """The weight as the packed layer will have it. Shapes: (O, I) float32, differentiable (straight-through)."""
+    def rounded_weight(self) -> Tensor:
+        """The weight that the codes alone stand for. Shapes: (O, I) float32, differentiable (straight-through)."""
         owner = self.owner
         master = self.master().float().contiguous()  # a matmul may round by the memory layout: that of the packed layer
-        weight = fake_quantize(master, owner.weight_scale, owner.weight_zero_point, owner.spec.weight)
+        return fake_quantize(master, owner.weight_scale, owner.weight_zero_point, owner.spec.weight)
+
+    def quantized_weight(self) -> Tensor:
+        """The weight as the packed layer will have it. Shapes: (O, I) float32, differentiable (straight-through)."""
+        owner, weight = self.owner, self.rounded_weight()
         if owner.weight_outlier_positions is not None:
             weight = add_outliers(weight, owner.weight_outlier_positions, owner.weight_outlier_values)
         return weight if owner.perturbation is None else weight + owner.perturbation

@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from ..kernels import KERNELS, PackedTensors, drop_prepacked, packed_linear
+from ..kernels import KERNELS, PackedTensors, drop_outlier_matrix, drop_prepacked, packed_linear
 from ..ops import dequantize, gather_outlier_rows, pack_codes, packed_columns, quantize, unpack_codes
 from ..spec import LayerSpec
 from .common import LowBitLayer
@@ -66,6 +66,8 @@ class _Packed(LowBitLayer):
         """Free what a kernel keeps of this layer beside its codes; the next call builds it again."""
         if self.owner.weight_codes is not None:
             drop_prepacked(self.owner.weight_codes)
+        if self.owner.weight_outlier_positions is not None:
+            drop_outlier_matrix(self.owner.weight_outlier_positions)
 
     def packed(self) -> PackedTensors:
         """The tensors that a kernel computes this layer from."""
@@ -145,9 +147,16 @@ class PackedLinear(_Packed, nn.Linear):
     def _shape(layer: nn.Module) -> tuple[int, int]:
         return layer.weight.shape[0], layer.weight.shape[1]
 
-    def forward(self, input: Tensor) -> Tensor:
-        """input (..., I) -> (..., O), in the input's dtype."""
-        return packed_linear(input, self.packed(), self.bias)
+    def forward(self, input: Tensor, outliers: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """input (..., I) -> (..., O), in the input's dtype.
+
+        `outliers`, positions (k,) int32 ascending and residuals (k,) float32, take the place of those that the layer
+        stores; gradients flow to the residuals.
+        """
+        packed = self.packed()
+        if outliers is not None:
+            packed.outlier_positions, packed.outlier_values = outliers
+        return packed_linear(input, packed, self.bias)
 
 
 class PackedTransposedLinear(PackedLinear):

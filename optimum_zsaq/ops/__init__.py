@@ -4,7 +4,14 @@ Functions of tensors and a `QuantSpec`; no modules, no state, inputs are never c
 """
 
 from .affine import dequantize, fake_quantize, fake_quantize_tokens, quantize
-from .outliers import add_outliers, gather_outlier_rows, largest_positions
+from .outliers import (
+    add_outliers,
+    first_largest,
+    gather_outlier_rows,
+    largest_positions,
+    sum_at_positions,
+    union_of_positions,
+)
 from .packing import pack_codes, packed_columns, unpack_codes
 from .ranges import NOT_FINITE, RANGES, find_input_range, find_ranges
 from .rounding import round_ste
@@ -19,11 +26,14 @@ __all__ = [
     "fake_quantize_tokens",
     "find_input_range",
     "find_ranges",
+    "first_largest",
     "gather_outlier_rows",
     "largest_positions",
     "pack_codes",
     "packed_columns",
     "quantize",
     "round_ste",
+    "sum_at_positions",
+    "union_of_positions",
     "unpack_codes",
 ]

@@ -4,6 +4,8 @@ PreQuant (https://huggingface.co/papers/2306.00014) tunes about 0.5 % "outlier" 
 us. Largest magnitude over the whole matrix is our choice, measured in docs/methods/prequant.md.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -14,8 +16,8 @@ _CHUNK = 2**22
 def largest_positions(weight: Tensor, count: int) -> Tensor:
     """Positions of the `count` largest magnitudes of a matrix, ascending.
 
-    Shapes: weight (O, I) -> (count,) int32, positions in `weight.flatten()`. Of equal magnitudes the one that
-    `torch.topk` returns is taken. The weight is read in chunks, so that no second copy of a large table is made.
+    Shapes: weight (O, I) -> (count,) int32, positions in `weight.flatten()`. Of equal magnitudes the first ones are taken.
+    The weight is read in chunks, so that no second copy of a large table is made.
 
     Raises:
         ValueError: the matrix has more elements than an int32 can count.
@@ -28,12 +30,26 @@ def largest_positions(weight: Tensor, count: int) -> Tensor:
         )
     values, positions = flat.new_empty(0, dtype=torch.float32), flat.new_empty(0, dtype=torch.int64)
     for start in range(0, flat.numel(), _CHUNK):
-        chunk = flat[start : start + _CHUNK].float().abs()
-        top, where = torch.topk(chunk, min(count, chunk.numel()))
-        values, positions = torch.cat([values, top]), torch.cat([positions, where + start])
-        values, keep = torch.topk(values, min(count, values.numel()))
-        positions = positions[keep]
-    return positions.sort().values.to(torch.int32)
+        chunk = flat[start : start + _CHUNK].float().abs().nan_to_num(nan=torch.inf, posinf=torch.inf)
+        where = first_largest(chunk, count)
+        values, positions = torch.cat([values, chunk[where]]), torch.cat([positions, where + start])
+        keep = first_largest(values, count)
+        values, positions = values[keep], positions[keep]
+    return positions.to(torch.int32)
+
+
+def first_largest(values: Tensor, count: int) -> Tensor:
+    """Where the `count` largest of some values are, ascending; of equal ones the first. All, if there are fewer.
+
+    Shapes: values (n,), without NaN -> (min(count, n),) int64.
+    """
+    if count >= len(values):
+        return torch.arange(len(values), device=values.device)
+    smallest = torch.topk(values, count, sorted=False).values.min() if count else values.new_full((), torch.inf)
+    taken = values > smallest
+    equal = (values == smallest).nonzero().view(-1)
+    taken[equal[: count - int(taken.sum())]] = True
+    return taken.nonzero().view(-1)
 
 
 def add_outliers(weight: Tensor, positions: Tensor, values: Tensor) -> Tensor:
@@ -42,6 +58,30 @@ def add_outliers(weight: Tensor, positions: Tensor, values: Tensor) -> Tensor:
     Shapes: weight (O, I) float, positions (k,) int32, values (k,) float32 -> (O, I); differentiable in both.
     """
     return weight.reshape(-1).index_add(0, positions.long(), values.to(weight.dtype)).view_as(weight)
+
+
+def union_of_positions(parts: Sequence[Tensor]) -> tuple[Tensor, list[Tensor | None]]:
+    """All positions of several tensors, and where in them those of each part are: None, if a part has them all.
+
+    Shapes: parts of (k,) int32 ascending -> (n,) int32 ascending, [(k,) int64 or None]. If all parts are equal, the first
+    is returned itself.
+    """
+    everything = parts[0]
+    if not all(torch.equal(part, everything) for part in parts[1:]):
+        everything = torch.cat(list(parts)).unique()
+    whole = len(everything)
+    return everything, [None if len(p) == whole else torch.searchsorted(everything, p) for p in parts]
+
+
+def sum_at_positions(parts: Sequence[Tensor], where: Sequence[Tensor | None], count: int) -> Tensor:
+    """The sum of values whose places `union_of_positions` found. Shapes: parts of (k,) float32 -> (count,) float32."""
+    total = None
+    for values, index in zip(parts, where, strict=True):
+        if index is not None:
+            total = (values.new_zeros(count) if total is None else total).index_add(0, index, values)
+        else:
+            total = values if total is None else total + values
+    return total
 
 
 def gather_outlier_rows(rows: Tensor, columns: int, positions: Tensor, values: Tensor) -> Tensor:

@@ -98,7 +98,7 @@ def test_no_dense_weight_is_kept_for_the_backward_pass(kernel):
             y = packed_linear(torch.randn(2, 64, requires_grad=True), packed)
         assert (33, 64) not in saved
         assert not [shape for shape in saved if shape != (2, 64)]
-        assert y.grad_fn.packed is packed
+        assert y.grad_fn.packed.codes is packed.codes
         if kernel == "reference":
             assert packed.codes not in _ENTRIES
 
@@ -128,3 +128,16 @@ def test_a_frozen_input_gets_no_gradient():
     assert not packed_linear(x, packed_weight(3, 17, QuantSpec(4)), bias.detach()).requires_grad
     with torch.no_grad():
         assert not packed_linear(x, packed_weight(3, 17, QuantSpec(4)), bias).requires_grad
+
+
+@pytest.mark.parametrize("inputs", INPUTS.values(), ids=INPUTS)
+@pytest.mark.parametrize("kernel", ["int8", "reference"])
+def test_gradient_to_the_outliers_is_that_of_the_dense_weight(kernel, inputs):
+    packed = packed_weight(7, 33, LayerSpec(QuantSpec(4), inputs, 0.1), kernel=kernel)
+    values = packed.outlier_values = packed.outlier_values.detach().clone().requires_grad_()
+    x, weight = torch.randn(2, 3, 33, requires_grad=True), packed.weight().detach().requires_grad_()
+    (packed_linear(x, packed).pow(2).sum()).backward()
+    torch.nn.functional.linear(packed.inputs(x.detach()), weight).pow(2).sum().backward()
+    expected = weight.grad.flatten()[packed.outlier_positions.long()]
+    assert torch.allclose(values.grad, expected, rtol=1e-4, atol=1e-4)
+    assert x.grad is not None

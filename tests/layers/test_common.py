@@ -156,3 +156,34 @@ def test_both_states_have_the_same_weight(name, spec):
     assert packed.quantized_weight().dtype == torch.float32
     assert torch.equal(packed.quantized_weight(), fake.quantized_weight())
     assert packed.quantized_weight().shape == (3, 17)
+
+
+@pytest.mark.parametrize("state", [0, 1], ids=["fake", "packed"])
+@pytest.mark.parametrize("name", LAYERS)
+class TestStoringOutliers:
+    @pytest.mark.parametrize("count", [0, 1, 7, 50])
+    @pytest.mark.parametrize("before", [0.0, 0.1])
+    def test_they_replace_those_before_and_the_spec_knows_their_number(self, name, state, before, count):
+        layer = both_states(name, LayerSpec(FULL.weight, None, before))[state]
+        bare = both_states(name, LayerSpec(FULL.weight, None, before))[state]
+        bare.store_outliers(torch.empty(0, dtype=torch.int32), torch.empty(0))
+        assert bare.spec.outliers == 0.0
+        positions, values = torch.arange(count, dtype=torch.int32), torch.randn(count)
+        layer.store_outliers(positions, values)
+        assert layer.spec.outlier_count(3, 17) == count
+        expected = bare.quantized_weight().flatten().index_add(0, positions.long(), values).view(3, 17)
+        assert torch.equal(layer.quantized_weight(), expected)
+        assert ("weight_outlier_values" in layer.state_dict()) == (count > 0)
+
+    def test_a_share_that_gives_their_number_is_taken(self, name, state):
+        layer = both_states(name, LayerSpec(FULL.weight))[state]
+        layer.store_outliers(torch.arange(5, dtype=torch.int32), torch.randn(5), share=0.1)
+        assert layer.spec.outliers == 0.1
+        layer.store_outliers(torch.arange(6, dtype=torch.int32), torch.randn(6), share=0.1)
+        assert layer.spec.outliers == 6 / 51
+
+    def test_a_tied_layer_has_none_of_its_own(self, name, state):
+        layer, owner = both_states(name, FULL)[state], both_states(name, FULL)[state]
+        layer.tie_to(owner)
+        with pytest.raises(ValueError, match="reads another layer's weight stores no outliers of its own"):
+            layer.store_outliers(torch.arange(5, dtype=torch.int32), torch.randn(5))

@@ -252,3 +252,21 @@ def test_linear_without_bias_has_none():
     assert packed.bias is None
     assert "bias" not in packed.state_dict()
     assert packed(torch.randn(2, 17)).shape == (2, 7)
+
+
+@pytest.mark.parametrize("runtime", ["fast", "small"])
+@pytest.mark.parametrize("stored", [0.0, 0.1])
+def test_other_outliers_in_a_call(stored, runtime):
+    """They take the place of the layer's own, change nothing in it, and get gradients."""
+    layer, x = make("linear", LayerSpec(QuantSpec(4), DYNAMIC, stored))
+    layer.set_runtime(runtime)
+    before, own = {name: tensor.clone() for name, tensor in layer.state_dict().items()}, layer(x)
+    positions, values = torch.tensor([0, 3, 118], dtype=torch.int32), torch.randn(3, requires_grad=True)
+    twin = copy.deepcopy(layer)
+    twin.store_outliers(positions, values.detach().clone())
+    y = layer(x, outliers=(positions, values))
+    assert torch.equal(y, twin(x))
+    y.sum().backward()
+    assert values.grad.any()
+    assert torch.equal(layer(x), own)
+    assert all(torch.equal(before[name], tensor) for name, tensor in layer.state_dict().items())

@@ -2,7 +2,14 @@ import pytest
 import torch
 from conformance import random_weight
 
-from optimum_zsaq.ops import add_outliers, gather_outlier_rows, largest_positions, outliers
+from optimum_zsaq.ops import (
+    add_outliers,
+    gather_outlier_rows,
+    largest_positions,
+    outliers,
+    sum_at_positions,
+    union_of_positions,
+)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -15,6 +22,22 @@ def test_largest_positions_are_those_of_topk(count, dtype, device):
         assert torch.equal(found, found.unique())  # ascending, none twice
         magnitudes = weight.float().abs().flatten()
         assert torch.equal(magnitudes[found.long()].sort().values, magnitudes.topk(count).values.sort().values)
+
+
+@pytest.mark.parametrize("chunk", [2**22, 8])
+def test_of_equal_magnitudes_the_first_are_taken(chunk, monkeypatch, device):
+    monkeypatch.setattr(outliers, "_CHUNK", chunk)
+    for seed in range(30):
+        generator = torch.Generator().manual_seed(seed)
+        weight = torch.randint(-3, 4, (5, 13), generator=generator).float()
+        for count in (1, 9, 40, 65):
+            order = sorted(range(65), key=lambda i: (-abs(weight.flatten()[i].item()), i))
+            assert largest_positions(weight.to(device), count).tolist() == sorted(order[:count]), (seed, count)
+
+
+def test_weights_that_are_not_finite_come_first():
+    weight = torch.tensor([[1.0, torch.nan, 3.0, -torch.inf]])
+    assert largest_positions(weight, 3).tolist() == [1, 2, 3]
 
 
 @pytest.mark.parametrize("count", [1, 5, 40])
@@ -79,3 +102,22 @@ def test_gathered_rows_are_differentiable_in_the_values():
     values = torch.randn(4, dtype=torch.float64, requires_grad=True)
     rows = torch.tensor([3, 1, 1])
     assert torch.autograd.gradcheck(lambda v: gather_outlier_rows(rows, 3, positions, v), (values,))
+
+
+@pytest.mark.parametrize("sizes", [(5,), (5, 5), (0, 4), (3, 0, 9), (12, 1), (0, 0)], ids=str)
+def test_sums_at_the_union_of_positions_are_those_of_dense_vectors(sizes, device):
+    parts = [torch.randperm(40)[:size].sort().values.to(torch.int32).to(device) for size in sizes]
+    values = [torch.randn(size, device=device) for size in sizes]
+    dense = sum(torch.zeros(40, device=device).index_add(0, p.long(), v) for p, v in zip(parts, values, strict=True))
+    everything, where = union_of_positions(parts)
+    assert everything.dtype == torch.int32
+    assert everything.tolist() == sorted({p for part in parts for p in part.tolist()})
+    found = sum_at_positions(values, where, len(everything))
+    assert torch.equal(found, dense[everything.long()])
+
+
+def test_equal_positions_are_taken_as_they_are():
+    positions = torch.tensor([1, 4], dtype=torch.int32)
+    everything, where = union_of_positions([positions, positions.clone()])
+    assert everything is positions
+    assert where == [None, None]

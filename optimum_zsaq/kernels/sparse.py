@@ -1,0 +1,95 @@
+"""What the few outlier weights of a matrix add to a layer's output, without a dense matrix of them, and their gradients.
+
+A CSR matrix of the residuals multiplies the inputs. Its structure belongs to the tensor of positions and is built once; the
+matrix itself shares the memory of the values, so that a write to them is seen.
+"""
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from .packed_tensors import PackedTensors
+from .prepacked import stamp
+
+
+_MATRICES = WeakTensorKeyDictionary()  # positions -> (stamp and width, structure, stamp of the values, matrix)
+
+
+def outlier_matrix(positions: Tensor, values: Tensor, rows: int, columns: int, keep: bool = True) -> Tensor:
+    """The residuals as a CSR matrix. Shapes: positions (k,) int32 ascending, values (k,) float32 -> (rows, columns).
+
+    `keep=False` keeps nothing for the next call.
+    """
+    if not keep:
+        return _csr(_structure(positions, rows, columns), values, rows, columns)
+    wanted, kept = (stamp(positions), rows, columns), _MATRICES.get(positions)
+    structure = kept[1] if kept is not None and kept[0] == wanted else _structure(positions, rows, columns)
+    if kept is not None and kept[1] is structure and kept[2] == stamp(values):
+        return kept[3]
+    matrix = _csr(structure, values, rows, columns)
+    _MATRICES[positions] = (wanted, structure, stamp(values), matrix)
+    return matrix
+
+
+def drop_outlier_matrix(positions: Tensor) -> None:
+    """Forget what is kept for these positions; the next call builds it again."""
+    _MATRICES.pop(positions, None)
+
+
+def _structure(positions: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor]:
+    starts = torch.arange(rows + 1, device=positions.device) * columns
+    return torch.searchsorted(positions.long(), starts).to(torch.int32), positions % columns
+
+
+def _csr(structure: tuple[Tensor, Tensor], values: Tensor, rows: int, columns: int) -> Tensor:
+    return torch.sparse_csr_tensor(*structure, values.detach(), (rows, columns), check_invariants=False)
+
+
+def add_outliers(y: Tensor, x: Tensor, packed: PackedTensors) -> Tensor:
+    """Add what the outliers' residuals contribute, in place. Shapes: y (M, O) float32, x (M, I) float32 -> (M, O)."""
+    keep = packed.runtime != "small"
+    matrix = outlier_matrix(packed.outlier_positions, packed.outlier_values, packed.rows, packed.columns, keep)
+    return y.t().addmm_(matrix, x.t()).t()  # transposed alike: the library then reads and writes along the rows
+
+
+def value_gradient(grad: Tensor, x: Tensor, positions: Tensor) -> Tensor:
+    """The gradient of the residuals: grad.T @ x at their positions alone.
+
+    Shapes: grad (..., O), x (..., I), positions (k,) int32 ascending -> (k,) float32, or float64 of float64 inputs.
+    """
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    grad, x = grad.reshape(-1, grad.shape[-1]).to(dtype), x.reshape(-1, x.shape[-1]).to(dtype)
+    if torch.compiler.is_compiling():
+        positions = positions.long()
+        return (grad[:, positions // x.shape[1]] * x[:, positions % x.shape[1]]).sum(dim=0)
+    pattern = outlier_matrix(positions, grad.new_zeros(len(positions)), grad.shape[1], x.shape[1], keep=False)
+    return torch.sparse.sampled_addmm(pattern, grad.t(), x, beta=0.0).values()
+
+
+class OutlierProducts(torch.autograd.Function):
+    """x @ S.T with the residuals S (rows, I), and its gradients to x and to the residuals.
+
+    Shapes: x (..., I) float, values (k,) float32, positions (k,) int32 ascending -> (..., rows) float32, or float64.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, values: Tensor, positions: Tensor, rows: int) -> Tensor:  # noqa: D102
+        ctx.save_for_backward(x, values, positions)
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        flat = x.reshape(-1, x.shape[-1]).to(dtype)
+        matrix = outlier_matrix(positions, values.to(dtype), rows, x.shape[-1])
+        y = flat.new_zeros(len(flat), rows)
+        return y.t().addmm_(matrix, flat.t()).t().view(*x.shape[:-1], rows)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # noqa: D102
+        x, values, positions = ctx.saved_tensors
+        grad_x = grad_values = None
+        if ctx.needs_input_grad[0]:
+            flat = grad.reshape(-1, grad.shape[-1])
+            matrix = outlier_matrix(positions, values.to(flat.dtype), flat.shape[1], x.shape[-1])
+            grad_x = flat.new_zeros(len(flat), x.shape[-1])
+            grad_x = grad_x.t().addmm_(matrix.t(), flat.t()).t().view_as(x).to(x.dtype)
+        if ctx.needs_input_grad[1]:
+            grad_values = value_gradient(grad, x, positions).to(values.dtype)
+        return grad_x, grad_values, None, None

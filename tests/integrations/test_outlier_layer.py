@@ -1,0 +1,289 @@
+"""One suite over outlier adapters on packed, fake-quantized and float bases of every family."""
+
+import copy
+
+import pytest
+import torch
+import transformers as tf
+from outlier_adapters import BASES, base_model, config, layers, randomized, same, train
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import load_file
+from tiny_models import MODELS, inputs, logits, make, quantized
+from tolerances import KERNEL_MODEL, relative_error
+from transformers.pytorch_utils import Conv1D
+
+from optimum_zsaq import OutlierConfig
+from optimum_zsaq.integrations.outlier_layer import BIASES, POSITIONS, SCALES, VALUES
+from optimum_zsaq.integrations.peft import default_targets
+from optimum_zsaq.kinds import KINDS, kind_of
+
+
+# PEFT asks for `is_gradient_checkpointing`, which transformers has renamed.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+
+PAIRS = (("packed", "llama-tied"), ("packed-without", "bert-cls"), ("fake", "t5-tied"), ("float", "gpt2-tied"))
+FAMILIES = ("bert-cls", "llama-tied", "t5-tied", "gpt2-tied")
+
+
+def oriented(weight, layer):
+    """A float layer's weight as (O, I)."""
+    return weight.t() if kind_of(layer.base_layer) is KINDS[Conv1D] else weight
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("kind", BASES)
+class TestConformance:
+    def test_starts_as_the_base_and_is_it_again_when_disabled(self, kind, name, tmp_path):
+        base = base_model(kind, name, tmp_path)
+        expected = logits(base)
+        model = get_peft_model(base, config())
+        assert len(layers(model)) == len(default_targets(model.model))
+        # a kernel sums in another order where a base without outliers gets some
+        assert same(logits(model), expected) if kind == "packed-without" else torch.equal(logits(model), expected)
+        randomized(model)
+        assert relative_error(logits(model), expected) > 0.01
+        with model.disable_adapter():
+            assert torch.equal(logits(model), expected)
+        assert torch.equal(logits(model.unload()), expected)
+
+    def test_trains_its_values_alone(self, kind, name, tmp_path):
+        model = get_peft_model(base_model(kind, name, tmp_path), config())
+        before = {n: p.clone() for n, p in (*model.named_parameters(), *model.named_buffers())}
+        trainable = {n for n, p in model.named_parameters() if p.requires_grad}
+        assert trainable == {f"{n}.{VALUES}.default" for n in layers(model)}
+        losses, _ = train(model)
+        assert losses[-1] < losses[0]
+        after = dict((*model.named_parameters(), *model.named_buffers()))
+        assert {n for n in before if not torch.equal(before[n], after[n])} == trainable
+
+    def test_is_saved_and_loaded(self, kind, name, tmp_path):
+        model = randomized(get_peft_model(base_model(kind, name, tmp_path), config(train_biases=True)))
+        expected = logits(model)
+        model.save_pretrained(tmp_path / "adapter")
+        saved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+        assert {key.rpartition(".")[2] for key in saved} == {POSITIONS, VALUES, BIASES} - (
+            {BIASES} if name in ("llama-tied", "t5-tied") else set()
+        )
+        assert all(t.dtype == (torch.int32 if key.endswith(POSITIONS) else torch.float32) for key, t in saved.items())
+        fresh = base_model(kind, name, tmp_path)
+        again = PeftModel.from_pretrained(fresh, tmp_path / "adapter", low_cpu_mem_usage=name == "t5-tied")
+        assert torch.equal(logits(again), expected)
+        assert not [n for n, p in again.named_parameters() if p.requires_grad]
+        states = get_peft_model_state_dict(model), get_peft_model_state_dict(again)
+        assert states[0].keys() == states[1].keys()
+        assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+
+
+@pytest.mark.parametrize(("kind", "name"), PAIRS, ids=map("-".join, PAIRS))
+class TestMore:
+    def test_gradients_are_those_of_the_dense_weight(self, kind, name, tmp_path):
+        """Against a float model whose weights are parameters, with inputs that are not quantized."""
+        settings = BASES[kind]
+        if settings is None:
+            base = make(name)
+            dense = copy.deepcopy(base)
+        else:
+            base = quantized(name, tmp_path, activation_bits=None, kernel="reference", **settings)
+            dense = copy.deepcopy(base).dequantize()
+        model = randomized(get_peft_model(base, config()))
+        for key, layer in layers(model).items():
+            weight = oriented(dense.get_submodule(key.removeprefix("base_model.model.")).weight, layer)
+            at = getattr(layer, POSITIONS)["default"].long()
+            weight.data[at // layer.in_features, at % layer.in_features] += getattr(layer, VALUES)["default"].data
+        for parameter in dense.parameters():
+            parameter.requires_grad_(True)
+        found, expected = model(**inputs(base))[0], dense(**inputs(dense))[0]
+        assert relative_error(found, expected) < 1e-5
+        found.pow(2).mean().backward()
+        expected.pow(2).mean().backward()
+        for key, layer in layers(model).items():
+            gradient = oriented(dense.get_submodule(key.removeprefix("base_model.model.")).weight.grad, layer)
+            at = getattr(layer, POSITIONS)["default"].long()
+            wanted = gradient[at // layer.in_features, at % layer.in_features]
+            assert torch.allclose(getattr(layer, VALUES)["default"].grad, wanted, rtol=1e-3, atol=1e-6), key
+
+    def test_several_adapters(self, kind, name, tmp_path):
+        """Added, switched between, active together, deleted."""
+        base = base_model(kind, name, tmp_path)
+        plain = logits(base)
+        model = randomized(get_peft_model(base, config(criterion="magnitude"), "one"), 1, "one")
+        one = logits(model)
+        model.add_adapter("two", config(criterion="random", fraction=0.1))
+        assert torch.equal(logits(model), one)
+        randomized(model, 2, "two")
+        assert torch.equal(logits(model), one)
+        model.set_adapter("two")
+        two = logits(model)
+        assert relative_error(two, one) > 0.01
+        assert {n.rpartition(".")[2] for n, p in model.named_parameters() if p.requires_grad} == {"two"}
+        model.set_adapter("one")
+        assert torch.equal(logits(model), one)
+        model.base_model.set_adapter(["one", "two"])
+        both = logits(model)
+        assert relative_error(both, one) > 0.01
+        model.base_model.set_adapter("one")
+        model.delete_adapter("two")
+        assert torch.equal(logits(model), one)
+        with model.disable_adapter():
+            assert torch.equal(logits(model), plain)
+
+    def test_both_adapters_together_are_their_sum(self, kind, name, tmp_path):
+        model = randomized(get_peft_model(base_model(kind, name, tmp_path), config(criterion="magnitude"), "one"), 1, "one")
+        model.add_adapter("two", config(criterion="random", fraction=0.1))
+        randomized(model, 2, "two")
+        model.base_model.set_adapter(["one", "two"])
+        both = logits(model)
+        for layer in layers(model).values():
+            dense = torch.zeros(layer.out_features * layer.in_features)
+            for adapter in ("one", "two"):
+                at, values = getattr(layer, POSITIONS)[adapter].long(), getattr(layer, VALUES)[adapter].data
+                dense.index_add_(0, at, values)
+            getattr(layer, POSITIONS)["one"] = dense.nonzero().view(-1).to(torch.int32)
+            getattr(layer, VALUES)["one"] = torch.nn.Parameter(dense[dense != 0])
+        model.base_model.set_adapter("one")
+        assert same(logits(model), both)
+
+    @pytest.mark.parametrize("biases", [False, True], ids=["outliers", "biases"])
+    def test_leaving_peft_with_the_outliers_inside(self, kind, name, biases, tmp_path):
+        model = randomized(get_peft_model(base_model(kind, name, tmp_path), config(train_biases=biases)))
+        expected = logits(model)
+        served = model.store_and_unload()
+        assert type(served) is MODELS[name][0]
+        assert not [m for m in served.modules() if isinstance(m, BaseTunerLayer)]
+        found = logits(served)
+        if kind.startswith("packed") and not biases:
+            assert torch.equal(found, expected)
+        assert relative_error(found, expected) <= KERNEL_MODEL[torch.float32]
+        served.save_pretrained(tmp_path / "served")
+        again = MODELS[name][0].from_pretrained(tmp_path / "served")
+        assert torch.equal(logits(again), found)
+
+    def test_half_precision_models(self, kind, name, tmp_path):
+        base = base_model(kind, name, tmp_path).to(torch.bfloat16)
+        expected = logits(base)
+        model = get_peft_model(base, config())
+        assert {getattr(layer, VALUES)["default"].dtype for layer in layers(model).values()} == {torch.float32}
+        assert relative_error(logits(model).float(), expected.float()) < 0.02
+        losses, _ = train(model)
+        assert losses[-1] < losses[0]
+        assert logits(model).dtype == torch.bfloat16
+
+    def test_autocast(self, kind, name, tmp_path):
+        model = randomized(get_peft_model(base_model(kind, name, tmp_path), config()))
+        expected = logits(model)
+        with torch.autocast("cpu", torch.bfloat16):
+            outputs = model(**inputs(model))[0]
+            outputs.float().pow(2).mean().backward()
+        assert relative_error(outputs.float(), expected) < 0.05
+        assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+    def test_gradient_checkpointing_and_copies(self, kind, name, tmp_path):
+        model = randomized(get_peft_model(base_model(kind, name, tmp_path), config()))
+        expected = logits(model)
+        twin = copy.deepcopy(model)
+        assert torch.equal(logits(twin), expected)
+        twin.get_base_model().activation_checkpointing_enable()
+        gradients = []
+        for one in (model.train(), twin.train()):
+            torch.manual_seed(0)
+            one(**inputs(one))[0].pow(2).mean().backward()
+            gradients.append([p.grad for p in one.parameters() if p.requires_grad])
+        assert all(relative_error(a, b) < 1e-4 for a, b in zip(*gradients, strict=True))  # use_cache is off in one
+
+
+class TestBesideTheOutliers:
+    def test_norms_are_trained_and_switched_with_the_adapter(self, tmp_path):
+        base = quantized("bert-cls", tmp_path, outliers=0.02)
+        plain = logits(base)
+        model = get_peft_model(base, OutlierConfig(train_norms=True, modules_to_save=["classifier"]))
+        assert model.peft_config["default"].modules_to_save == ["LayerNorm", "classifier"]
+        _, model = train(model)
+        expected = logits(model)
+        with model.disable_adapter():
+            assert torch.equal(logits(model), plain)
+        model.save_pretrained(tmp_path / "adapter")
+        again = PeftModel.from_pretrained(quantized("bert-cls", tmp_path, outliers=0.02), tmp_path / "adapter")
+        assert torch.equal(logits(again), expected)
+        served = again.store_and_unload()
+        assert torch.equal(logits(served), expected)
+        served.save_pretrained(tmp_path / "served")
+        assert torch.equal(logits(tf.BertForSequenceClassification.from_pretrained(tmp_path / "served")), expected)
+
+    @pytest.mark.parametrize(
+        "settings", [{"granularity": "row"}, {"granularity": "tensor"}, {"granularity": "group", "group_size": 8}]
+    )
+    def test_step_sizes(self, settings, tmp_path):
+        """A factor of a row's step size is a factor of its products, the outliers' included."""
+        base = quantized("bert-cls", tmp_path, outliers=0.02, kernel="reference", symmetric=False, **settings)
+        expected = logits(base)
+        model = get_peft_model(base, OutlierConfig(train_scales=True))
+        assert torch.equal(logits(model), expected)
+        losses, model = train(model)
+        assert losses[-1] < losses[0]
+        scales = [getattr(layer, SCALES)["default"] for layer in layers(model).values()]
+        assert all((scale != 1).any() for scale in scales)
+        assert all(
+            len(scale) == (1 if settings["granularity"] == "tensor" else layer.out_features)
+            for scale, layer in zip(scales, layers(model).values(), strict=True)
+        )
+        expected = logits(model)
+        served = model.store_and_unload()
+        assert relative_error(logits(served), expected) <= KERNEL_MODEL[torch.float32]
+
+    def test_float_layers_have_no_step_sizes(self):
+        with pytest.raises(ValueError, match="train_scales=True trains step sizes, which a float layer has none of"):
+            get_peft_model(make("bert-cls"), config(train_scales=True))
+
+    def test_a_new_head_of_a_task(self, tmp_path):
+        """PEFT adds it to modules_to_save; outliers never sit on it."""
+        model = get_peft_model(quantized("bert-cls", tmp_path), OutlierConfig(task_type="SEQ_CLS"))
+        assert model.peft_config["default"].modules_to_save == ["classifier", "score"]
+        assert not [name for name in layers(model) if "classifier" in name]
+        before = model.base_model.model.classifier.original_module.weight.clone()
+        _, model = train(model)
+        head = model.base_model.model.classifier
+        assert torch.equal(head.original_module.weight, before)
+        assert not torch.equal(head.modules_to_save["default"].weight, before)
+
+
+class TestMerging:
+    @pytest.mark.parametrize("name", ["bert-cls", "gpt2-tied"])
+    def test_float_weights_take_it_and_give_it_back_exactly(self, name):
+        model = randomized(get_peft_model(make(name), config(train_biases=True)))
+        before = {n: p.clone() for n, p in model.named_parameters()}
+        expected = logits(model)
+        model.merge_adapter()
+        assert same(logits(model), expected)
+        model.unmerge_adapter()
+        assert all(torch.equal(before[n], p) for n, p in model.named_parameters())
+        assert torch.equal(logits(model), expected)
+        merged = model.merge_and_unload(safe_merge=True)
+        assert type(merged) is MODELS[name][0]
+        assert same(logits(merged), expected)
+
+    def test_several_merged_adapters_leave_in_turn(self):
+        model = randomized(get_peft_model(make("bert-cls"), config(criterion="magnitude"), "one"), 1, "one")
+        model.add_adapter("two", config(criterion="magnitude"))
+        randomized(model, 2, "two")
+        before = {n: p.clone() for n, p in model.named_parameters()}
+        model.merge_adapter(["one"])
+        model.merge_adapter(["two"])
+        model.unmerge_adapter()
+        assert all(torch.equal(before[n], p) for n, p in model.named_parameters())
+
+    def test_a_broken_adapter_is_not_merged_safely(self):
+        model = get_peft_model(make("bert-cls"), config())
+        next(iter(layers(model).values())).get_parameter(f"{VALUES}.default").data[0] = torch.nan
+        with pytest.raises(ValueError, match="adapter 'default' makes weights that are not finite"):
+            model.merge_adapter(safe_merge=True)
+
+    @pytest.mark.parametrize("method", ["merge_and_unload", "merge_adapter"])
+    @pytest.mark.parametrize("kind", ["packed", "packed-without", "fake"])
+    def test_codes_refuse_and_nothing_is_changed(self, kind, method, tmp_path):
+        base = base_model(kind, "bert-cls", tmp_path)
+        model = randomized(get_peft_model(base, OutlierConfig(fraction=0.03, train_norms=True)))
+        expected = logits(model)
+        with pytest.raises(TypeError, match="cannot be merged into integer codes .*store_and_unload()"):
+            getattr(model, method)()
+        assert torch.equal(logits(model), expected)
