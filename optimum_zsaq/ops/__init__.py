@@ -3,7 +3,7 @@
 Functions of tensors and a `QuantSpec`; no modules, no state, inputs are never changed.
 """
 
-from .affine import dequantize, fake_quantize, fake_quantize_tokens, quantize
+from .affine import clipped, dequantize, fake_quantize, fake_quantize_tokens, quantize
 from .outliers import add_outliers, gather_outlier_rows, largest_positions
 from .packing import pack_codes, packed_columns, unpack_codes
 from .ranges import NOT_FINITE, RANGES, find_input_range, find_ranges
@@ -14,6 +14,7 @@ __all__ = [
     "NOT_FINITE",
     "RANGES",
     "add_outliers",
+    "clipped",
     "dequantize",
     "fake_quantize",
     "fake_quantize_tokens",
