@@ -117,7 +117,7 @@ def prepare(model: nn.Module, scheme: QuantScheme, ranges: str = "mse") -> nn.Mo
     Args:
         model (`nn.Module`): a float model, or one that was prepared with the same scheme.
         scheme (`QuantScheme`): what shall become of it.
-        ranges (`str`): "minmax", "mse", "lsq" or "ternary", see `ops/ranges.py`.
+        ranges (`str`): "minmax", "mse", "lsq" or "ternary", see `ops/ranges.py`, or "auto", see `range_method`.
 
     Returns:
         `nn.Module`: the same model.
@@ -127,8 +127,8 @@ def prepare(model: nn.Module, scheme: QuantScheme, ranges: str = "mse") -> nn.Mo
     """
     if any(isinstance(module, PackedLinear | PackedEmbedding) for module in model.modules()):
         raise ValueError("the model is packed and has no float weights to prepare; call unpack(model) first")
-    if ranges not in RANGES:
-        raise ValueError(f"ranges={ranges!r} is unknown; use one of {sorted(RANGES)}")
+    if ranges not in (*RANGES, "auto"):
+        raise ValueError(f"ranges={ranges!r} is unknown; use one of {sorted((*RANGES, 'auto'))}")
     if ranges == "ternary" and not scheme.weights.ternary:
         raise ValueError("ranges='ternary' needs ternary weights; use QuantSpec(bits=2, ternary=True)")
     table = {n: row for n, row in select(model, scheme).items() if not isinstance(model.get_submodule(n), LowBitLayer)}
@@ -200,9 +200,15 @@ def unpack(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
 
 
 def range_method(spec: LayerSpec, ranges: str) -> str:
-    """The range method of one layer in a model quantized with `ranges`: of a ternary model the wider tables take "mse"."""
+    """The range method of one layer in a model quantized with `ranges`: of a ternary model the wider tables take "mse".
+
+    "auto" is "lsq" for 2 bits with one scale a matrix, where "mse" would clip the weights that count, else "mse": our
+    choice, measured in docs/methods/zsaq.md.
+    """
     if spec.weight.ternary:
         return "ternary"
+    if ranges == "auto":
+        return "lsq" if (spec.weight.bits, spec.weight.granularity) == (2, "tensor") else "mse"
     return "mse" if ranges == "ternary" else ranges
 
 

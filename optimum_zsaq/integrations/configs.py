@@ -59,6 +59,7 @@ class LowBitConfig(QuantizationConfigMixin):
 
     algorithm = "none"
     trains_on_load = False
+    learns_step_sizes = False
     range_methods = RANGE_METHODS
 
     def __init__(

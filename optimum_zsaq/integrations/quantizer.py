@@ -16,7 +16,7 @@ from transformers.quantizers.base import HfQuantizer
 
 from ..kinds import kind_of
 from ..layers import FakeQuantTransposedLinear, LowBitLayer, PackedEmbedding, PackedLinear, PackedTransposedLinear
-from ..layers.common import INTEGERS, SCALES
+from ..layers.common import INTEGERS, SCALES, STEP_SIZES
 from ..surgery import (
     low_bit_layers,
     quantize_weight,
@@ -197,10 +197,11 @@ class LowBitQuantizer(HfQuantizer):
         self._restore_new_layers(model)
         trains = config.trains_on_load and not self.pre_quantized
         trained = _TRAINING[config.algorithm](model, config) if trains else None
+        learned = STEP_SIZES if config.learns_step_sizes and not config.packed else ()
         for _, layer in low_bit_layers(model):
             for name in (*SCALES, *INTEGERS):
                 if layer._parameters.get(name) is not None:
-                    layer._parameters[name].requires_grad_(False)
+                    layer._parameters[name].requires_grad_(name in learned)
             if isinstance(layer, PackedLinear | PackedEmbedding):
                 layer.weight.requires_grad_(False)
         set_runtime(model, config.runtime, config.kernel)

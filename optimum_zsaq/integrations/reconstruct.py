@@ -21,7 +21,7 @@ from ..algorithms.parallel import ParallelReconstruction
 from ..algorithms.pipeline import PipelineReconstruction
 from ..algorithms.reconstruction import SequentialReconstruction
 from ..algorithms.stages import Stage
-from ..surgery import blocks, low_bit_layers
+from ..surgery import blocks, low_bit_layers, prepare
 from .data import Batch, describe_data, find_tokenizer, fitting_length, read_texts, text_batches, uncached_batch
 from .mrem import ZERO_SHOT, MREMConfig
 from .state import PipelineState, TrainingState
@@ -30,7 +30,6 @@ from .zero_shot import (
     check_all_read,
     finish_training,
     make_generator,
-    prepare_student,
 )
 from .zsaq import ZSAQConfig
 
@@ -57,7 +56,7 @@ def reconstruct_on_load(model: PreTrainedModel, config: MREMConfig) -> dict[str,
         FloatingPointError: see `StageTraining.step`.
     """
     check_all_read(model, "MREM")
-    started, packed = time.perf_counter(), config.packed  # `prepare_student` notes in the config what the model is now
+    started, packed = time.perf_counter(), config.packed  # `prepare` notes in the config what the model is now
     dtypes = {name: p.dtype for name, p in model.named_parameters()}
     for p in model.parameters():
         p.data = p.data.float()
@@ -105,7 +104,7 @@ def start_reconstruction(
     # MREM-S runs a float stage for the last time before it is trained, so that its blocks need no copy
     shared = {} if config.parallel else {id(p): p for block in found.values() for p in block.parameters()}
     teacher = copy.deepcopy(model, shared)
-    prepare_student(model, config)
+    prepare(model, config.scheme(), config.ranges)
     if any(m.spec.inputs and m.spec.inputs.granularity == "tensor" for _, m in low_bit_layers(model)):
         calibrate(model, batches, ranges="minmax" if config.ranges == "minmax" else "mse")
     stages = config.stages or max(1, min(_STAGES, len(found)))

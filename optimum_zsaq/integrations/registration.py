@@ -5,6 +5,7 @@ from transformers.quantizers import auto
 from .configs import QUANT_METHOD, LowBitConfig
 from .models import register_models
 from .quantizer import LowBitQuantizer
+from .squat import SQuATConfig as SQuATConfig  # which puts itself on the list of algorithms
 
 
 def register() -> None:

@@ -16,9 +16,7 @@ from transformers.utils.logging import tqdm
 from ..algorithms.compensation import compensate
 from ..algorithms.generators import Batch, Generator, PriorSource, SequenceForm, Source, token_prior
 from ..algorithms.minimax import Minimax, MinimaxSettings, discrepancy
-from ..layers import LowBitLayer
-from ..surgery import find_layer_ranges, low_bit_layers, pack, prepare
-from .configs import LowBitConfig
+from ..surgery import pack, prepare
 from .data import fitting_length, special_tokens, uncached_batch
 from .recipe import calibrate_on_load
 from .state import TrainingState
@@ -91,7 +89,7 @@ def make_minimax(
     teacher: PreTrainedModel, student: PreTrainedModel, generator: Generator, settings: MinimaxSettings
 ) -> Minimax:
     """The training of a transformers' model: D of its kind of output, its own embeddings, its decoder's inputs."""
-    settings = replace(settings, output="mse" if _is_regression(student) else "kl")
+    settings = replace(settings, output="mse" if is_regression(student) else "kl")
     return Minimax(teacher, student, generator, settings, _embed, lambda batch: uncached_batch(student, batch))
 
 
@@ -152,24 +150,12 @@ def start_run(model: PreTrainedModel, config: ZSAQConfig) -> Minimax:
     for p in model.parameters():
         p.data = p.data.float()
     teacher = copy.deepcopy(model)
-    prepare_student(model, config)
+    prepare(model, config.scheme(), config.ranges)
     calibrate_on_load(model, config)
     generator = make_generator(teacher, config)
     settings = replace(config.settings(), autocast=autocast_dtype(config.autocast, model.device))
     run = make_minimax(teacher, model, generator, settings)
     return run
-
-
-def prepare_student(model: PreTrainedModel, config: LowBitConfig) -> None:
-    """Round a float model as a config says, in place; it may leave the choice of ranges to us, by ranges="auto"."""
-    prepare(model, config.scheme(), "mse" if config.ranges == "auto" else config.ranges)
-    if config.ranges == "auto":
-        find_layer_ranges({name: layer for name, layer in low_bit_layers(model) if _wants_lsq(layer)}, "lsq")
-
-
-def _wants_lsq(layer: LowBitLayer) -> bool:
-    """One scale for a whole matrix at 2 bits: "mse" would clip the weights that count (docs/methods/zsaq.md)."""
-    return layer.owner is layer and (layer.spec.weight.bits, layer.spec.weight.granularity) == (2, "tensor")
 
 
 def find_start(run: Minimax, config: ZSAQConfig, held_out: list[Batch]) -> dict[str, dict[str, float]]:
@@ -258,7 +244,8 @@ def check_all_read(model: PreTrainedModel, method: str) -> None:
         )
 
 
-def _is_regression(model: PreTrainedModel) -> bool:
+def is_regression(model: PreTrainedModel) -> bool:
+    """Whether a model's outputs are numbers, not classes or tokens."""
     one = type(model).__name__.endswith("SequenceClassification") and model.config.num_labels == 1
     return one or model.config.problem_type == "regression"
 

@@ -13,7 +13,8 @@ from ..kernels.packed_tensors import quantize_inputs
 from ..spec import LayerSpec
 
 
-SCALES = ("weight_scale", "input_scale", "weight_outlier_values")  # float32 whatever the model's dtype
+STEP_SIZES = ("weight_scale", "input_scale")
+SCALES = (*STEP_SIZES, "weight_outlier_values")  # float32 whatever the model's dtype
 INTEGERS = ("weight_codes", "weight_zero_point", "input_zero_point", "weight_outlier_positions")
 
 

@@ -3,7 +3,7 @@
 Functions of tensors and a `QuantSpec`; no modules, no state, inputs are never changed.
 """
 
-from .affine import dequantize, fake_quantize, fake_quantize_tokens, quantize
+from .affine import clipped, dequantize, fake_quantize, fake_quantize_tokens, quantize
 from .outliers import (
     add_outliers,
     first_largest,
@@ -21,6 +21,7 @@ __all__ = [
     "NOT_FINITE",
     "RANGES",
     "add_outliers",
+    "clipped",
     "dequantize",
     "fake_quantize",
     "fake_quantize_tokens",

@@ -106,6 +106,19 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor | None, spec: Qua
     return round_scaled(x, scale, *_bounds(zero_point, spec))
 
 
+def clipped(x: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec) -> Tensor:
+    """Which values lie outside the range of their codes; of ternary codes none, whose gradient is 1 everywhere.
+
+    Shapes: as in `fake_quantize` -> x's, bool.
+    """
+    x, scale, zero_point = _operands(x.detach(), scale.detach(), zero_point, spec)
+    if spec.ternary:
+        return torch.zeros_like(x, dtype=torch.bool)
+    low, high = _bounds(zero_point, spec)
+    ratio = x / scale
+    return (ratio < low) | (ratio > high)
+
+
 def fake_quantize_tokens(x: Tensor, spec: QuantSpec) -> Tensor:
     """Quantize and dequantize each token on its own range, which is found from its values (dynamic, asymmetric).
 

@@ -16,8 +16,8 @@ from ..algorithms.minimax import Execution, MinimaxSettings, keep_positive
 from ..algorithms.sharpness import SharpnessSettings
 from ..integrations.zero_shot import make_generator, make_minimax
 from ..integrations.zsaq import ZSAQConfig
-from ..layers import PackedEmbedding, PackedLinear
 from ..surgery import low_bit_layers
+from .common import check_trainable, make_optimizer, not_followed
 from .packed_saving import PackedSaving
 
 
@@ -172,25 +172,9 @@ class ZSAQTrainer(PackedSaving, Trainer):
         """
         if self.optimizer is not None:
             return self.optimizer
-        kind, options = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args, self.model)
-        if not isinstance(kind, type) or not issubclass(kind, torch.optim.Optimizer) or {"params", "model"} & {*options}:
-            raise ValueError(_not_followed(f"optim={str(self.args.optim)!r}", "use optim='adamw_torch'"))
-        self.optimizer = kind(self._parameter_groups(), **options)
-        keep_positive(self.optimizer, self.minimax.scales)
+        run = self.minimax
+        self.optimizer = make_optimizer(self, run.weights, run.scales, self.args.scale_learning_rate)
         return self.optimizer
-
-    def _parameter_groups(self) -> list[dict[str, Any]]:
-        """As the Trainer's, weights that decay and weights that do not; then the step sizes."""
-        weights, scales = self.minimax.parameter_groups()
-        names = set(self.get_decay_parameter_names(self.model))
-        decaying = {id(p) for name, p in self.model.named_parameters() if name in names}
-        decayed = [p for p in weights["params"] if id(p) in decaying]
-        kept = [p for p in weights["params"] if id(p) not in decaying]
-        return [
-            {**weights, "params": decayed, "weight_decay": self.args.weight_decay},
-            {**weights, "params": kept, "weight_decay": 0.0},
-            {**scales, "weight_decay": 0.0},
-        ]
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
@@ -261,7 +245,7 @@ def _nothing(_: list[int]) -> dict[str, Tensor]:
 
 
 def _not_followed(what: str, instead: str = "leave it out") -> str:
-    return f"{what} does not go with ZSAQTrainer; {instead}"
+    return not_followed(ZSAQTrainer, what, instead)
 
 
 def _check_arguments(args: ZSAQArguments, options: dict[str, Any]) -> None:
@@ -278,18 +262,8 @@ def _check_arguments(args: ZSAQArguments, options: dict[str, Any]) -> None:
 
 
 def _check_models(model: PreTrainedModel, teacher: PreTrainedModel) -> None:
-    layers = [layer for _, layer in low_bit_layers(model)]
-    if any(isinstance(layer, PackedLinear | PackedEmbedding) for layer in layers):
-        raise ValueError("the student is packed and has no weights to train; load it with PreQuantConfig(packed=False)")
-    if not layers:
-        raise ValueError("the student has no fake-quantized layer to train; call prepare(model, scheme) first")
+    check_trainable(model, "the student")
     if any(True for _ in low_bit_layers(teacher)):
         raise ValueError("the teacher is in low bits; use the float model that the student was made of")
     if getattr(model, "is_distributed_loading_by_transformers", False):
         raise ValueError(_not_followed("a student that is sharded", "load it without distributed_config"))
-    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()} - {torch.float32}
-    if dtypes:
-        raise ValueError(
-            f"the student has weights of {sorted(map(str, dtypes))}, in which small steps are lost; "
-            "load it with dtype=torch.float32, and use bf16=True for fast matmuls"
-        )

@@ -6,7 +6,7 @@ from conformance import BITS, DTYPES, GROUP, random_weight, spec_id, weight_spec
 from tolerances import FORMULA, relative_error
 from torch import Tensor
 
-from optimum_zsaq.ops import dequantize, fake_quantize, fake_quantize_tokens, find_ranges, quantize
+from optimum_zsaq.ops import clipped, dequantize, fake_quantize, fake_quantize_tokens, find_ranges, quantize
 from optimum_zsaq.ops.affine import expand_slices, slice_means, ternary_levels
 from optimum_zsaq.spec import QuantSpec
 
@@ -236,3 +236,15 @@ class TestDynamicTokens:
         found = fake_quantize_tokens(x, QuantSpec(bits, "token", symmetric=False))
         (gradient,) = torch.autograd.grad(found, x, upstream)
         assert torch.equal(gradient, upstream)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("granularity", ["tensor", "row", "group"])
+def test_clipped_values_are_those_without_a_gradient(symmetric, granularity):
+    spec = QuantSpec(3, granularity, 4 if granularity == "group" else None, symmetric)
+    x = torch.randn(5, 11, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    scale, zero_point = find_ranges(x, spec)
+    fake_quantize(x, scale * 0.7, zero_point, spec).sum().backward()
+    outside = clipped(x, scale * 0.7, zero_point, spec)
+    assert torch.equal(outside, x.grad == 0)
+    assert 0 < outside.sum() < x.numel()

@@ -1,0 +1,101 @@
+"""Learned step sizes (LSQ, https://huggingface.co/papers/1902.08153): which a model has, their gradients' scale, drift.
+
+A step size is the scale of a weight, or of an input whose range is static. It has its start value before this is used:
+`prepare` and `calibrate` set it.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ..kinds import kind_of
+from ..layers import LowBitLayer
+from ..ops import clipped
+from ..surgery import low_bit_layers
+
+
+@dataclass(frozen=True)
+class StepSize:
+    """One tensor of step sizes.
+
+    Args:
+        name (`str`): of the Parameter, in the model.
+        parameter (`nn.Parameter`): float32.
+        gradient_scale (`float`): 1 / sqrt(N * Qp), LSQ, section 2.2; N is how many weights share a step size (LSQ: all of
+            a layer's), of an input how many features the layer has, and Qp is the largest code.
+    """
+
+    name: str
+    parameter: nn.Parameter
+    gradient_scale: float
+
+
+def trained_layers(model: nn.Module) -> dict[str, LowBitLayer]:
+    """The fake-quantized layers with a weight of their own that is trained, by name."""
+    layers = {name: m for name, m in low_bit_layers(model) if m.owner is m and type(m) is kind_of(m).fake}
+    return {name: layer for name, layer in layers.items() if layer.weight.requires_grad}
+
+
+class StepSizes:
+    """The step sizes of the layers that are trained; making this makes them trainable.
+
+    Args:
+        model (`nn.Module`): fake-quantized.
+
+    Raises:
+        ValueError: no layer is fake-quantized and trained; a static input range without a start value.
+    """
+
+    def __init__(self, model: nn.Module):
+        self._layers = trained_layers(model)
+        if not self._layers:
+            raise ValueError(
+                f"{type(model).__name__} has no fake-quantized layer to train; load it with "
+                "quantization_config=SQuATConfig(...), or call prepare(model, scheme)"
+            )
+        self.all = [size for name, layer in self._layers.items() for size in _of_layer(name, layer)]
+        for size in self.all:
+            if size.parameter.isnan().any():
+                raise ValueError(f"{size.name} has no start value; call optimum_zsaq.calibrate(model, batches)")
+            size.parameter.requires_grad_(True)
+        self.start = {size.name: size.parameter.detach().clone() for size in self.all}
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """All of them."""
+        return [size.parameter for size in self.all]
+
+    @torch.no_grad()
+    def scale_gradients(self) -> None:
+        """Multiply each gradient there is by its `gradient_scale`, in place."""
+        for size in self.all:
+            if size.parameter.grad is not None:
+                size.parameter.grad.mul_(size.gradient_scale)
+
+    @torch.no_grad()
+    def drift(self) -> float:
+        """How far the step sizes are from where they started: the mean of |s - s0| / s0."""
+        moved = [(size.parameter - self.start[size.name]).abs() / self.start[size.name] for size in self.all]
+        return sum(m.sum().item() for m in moved) / sum(m.numel() for m in moved)
+
+    @torch.no_grad()
+    def clipped(self) -> float:
+        """The share of all weights that lie outside the range of their codes."""
+        outside, count = 0, 0
+        for layer in self._layers.values():
+            found = clipped(layer.master(), layer.weight_scale, layer.weight_zero_point, layer.spec.weight)
+            outside, count = outside + found.sum().item(), count + found.numel()
+        return outside / count
+
+
+def _of_layer(name: str, layer: LowBitLayer) -> list[StepSize]:
+    rows, columns = layer.shape
+    weight, inputs = layer.weight_scale, layer.input_scale
+    shared = rows * columns / weight.numel()
+    found = [StepSize(f"{name}.weight_scale", weight, 1.0 / math.sqrt(shared * layer.spec.weight.highest))]
+    if inputs is not None:
+        scale = 1.0 / math.sqrt(columns * layer.spec.inputs.highest)
+        found.append(StepSize(f"{name}.input_scale", inputs, scale))
+    return found

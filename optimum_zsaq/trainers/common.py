@@ -1,0 +1,69 @@
+"""What Trainers of fake-quantized models share: the checks of a model, and its optimizer."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, Trainer
+
+from ..algorithms.minimax import keep_positive
+from ..layers import PackedEmbedding, PackedLinear
+from ..surgery import low_bit_layers
+
+
+def check_trainable(model: PreTrainedModel, what: str) -> None:
+    """Refuse a model without float weights to train.
+
+    Args:
+        what (`str`): what the message calls it, such as "the student".
+
+    Raises:
+        ValueError: it is packed, has no fake-quantized layer, or weights that are not float32.
+    """
+    layers = [layer for _, layer in low_bit_layers(model)]
+    if any(isinstance(layer, PackedLinear | PackedEmbedding) for layer in layers):
+        raise ValueError(f"{what} is packed and has no weights to train; load it with PreQuantConfig(packed=False)")
+    if not layers:
+        raise ValueError(f"{what} has no fake-quantized layer to train; call prepare(model, scheme) first")
+    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()} - {torch.float32}
+    if dtypes:
+        raise ValueError(
+            f"{what} has weights of {sorted(map(str, dtypes))}, in which small steps are lost; "
+            "load it with dtype=torch.float32, and use bf16=True for fast matmuls"
+        )
+
+
+def not_followed(trainer: type, what: str, instead: str = "leave it out") -> str:
+    """What is said of an option that a Trainer cannot follow."""
+    return f"{what} does not go with {trainer.__name__}; {instead}"
+
+
+def make_optimizer(
+    trainer: Trainer, weights: Sequence[nn.Parameter], scales: Sequence[nn.Parameter], scale_learning_rate: float
+) -> torch.optim.Optimizer:
+    """The optimizer of a Trainer's `args`: the Trainer's two groups of weights, and one of step sizes.
+
+    Step sizes have a learning rate of their own, do not decay, and stay positive (see `keep_positive`).
+
+    Raises:
+        ValueError: it makes groups of its own.
+    """
+    args = trainer.args
+    kind, options = trainer.optimizer_cls_and_kwargs or trainer.get_optimizer_cls_and_kwargs(args, trainer.model)
+    if not isinstance(kind, type) or not issubclass(kind, torch.optim.Optimizer) or {"params", "model"} & {*options}:
+        raise ValueError(not_followed(type(trainer), f"optim={str(args.optim)!r}", "use optim='adamw_torch'"))
+    names = set(trainer.get_decay_parameter_names(trainer.model))
+    decaying = {id(p) for name, p in trainer.model.named_parameters() if name in names}
+
+    def group(params: list[nn.Parameter], rate: float, decay: float) -> dict[str, Any]:
+        return {"params": params, "lr": rate, "weight_decay": decay}
+
+    groups = [
+        group([p for p in weights if id(p) in decaying], args.learning_rate, args.weight_decay),
+        group([p for p in weights if id(p) not in decaying], args.learning_rate, 0.0),
+        group(list(scales), scale_learning_rate, 0.0),
+    ]
+    optimizer = kind(groups, **options)
+    keep_positive(optimizer, list(scales))
+    return optimizer

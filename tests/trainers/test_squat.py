@@ -1,0 +1,556 @@
+"""SQuATTrainer: its steps against plain loops written here, in parts, on two processes, resumed, saved packed."""
+
+import copy
+import functools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_models import logits, make, token_ids
+from tolerances import relative_error
+from torch import nn
+from trainers.squat_run import BY_HAND, PLAIN, RATES, model, samples, trainer
+from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
+
+from optimum_zsaq import (
+    PreQuantConfig,
+    SQuATArguments,
+    SQuATConfig,
+    SQuATSeq2SeqArguments,
+    SQuATSeq2SeqTrainer,
+    SQuATTrainer,
+    pack,
+    prepare,
+)
+from optimum_zsaq.layers import PackedEmbedding, PackedLinear
+from optimum_zsaq.surgery import low_bit_layers
+
+
+SCRIPT = Path(__file__).with_name("squat_run.py")
+SAVED = {"save_strategy": "steps", "save_steps": 2}
+CLOSE = 1e-5  # of what three steps changed: float32 sums in another order
+
+
+def step_sizes(of: nn.Module) -> dict[str, nn.Parameter]:
+    return {n: p for n, p in of.named_parameters() if n.endswith(("weight_scale", "input_scale"))}
+
+
+def gradient_scale(of: nn.Module, name: str) -> float:
+    """LSQ's 1 / sqrt(N Qp), from the shapes."""
+    layer = of.get_submodule(name.rpartition(".")[0])
+    if name.endswith("input_scale"):
+        return (layer.weight.shape[1] * 255) ** -0.5
+    shared = layer.weight.numel() / layer.weight_scale.numel()
+    return (shared * (2 ** (layer.spec.weight.bits - 1) - 1)) ** -0.5
+
+
+def gradients(of: nn.Module, rows: list[dict]) -> dict[str, torch.Tensor]:
+    of.zero_grad()
+    batch = {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
+    of(**batch).loss.backward()
+    return {name: p.grad.clone() for name, p in of.named_parameters() if p.grad is not None}
+
+
+def reference(of: nn.Module, turn: list[str], rho: float, adaptive: bool = False, perturb: str = "quantized") -> nn.Module:
+    """Whole batches of 8, SGD, everything by its formula; `turn` says whose each step is."""
+    of.eval()
+    scales = step_sizes(of)
+    for p in scales.values():
+        p.requires_grad_(True)
+    layers = {f"{name}.weight": layer for name, layer in low_bit_layers(of) if layer.owner is layer}
+    slots = layers if perturb == "quantized" else {}
+    for step, objective in enumerate(turn):
+        rows = samples()[8 * step : 8 * step + 8]
+        at_weights = gradients(of, rows)
+        stretched = {}
+        for name, g in at_weights.items():
+            if name not in scales:
+                value = slots[name].quantized_weight().detach() if name in slots else of.get_parameter(name).detach()
+                stretch = value.abs() + 0.01 if adaptive and g.dim() > 1 else torch.ones_like(g)
+                stretched[name] = (stretch, g)
+        norm = sum((t * g).double().square().sum() for t, g in stretched.values()).sqrt()
+        kept = copy.deepcopy(of.state_dict())
+        with torch.no_grad():
+            for name, (t, g) in stretched.items():
+                eps = (rho * t**2 * g / norm).float()
+                if name in slots:
+                    slots[name].perturbation = eps
+                else:
+                    of.get_parameter(name).add_(eps)
+        sharp = gradients(of, rows)
+        for layer in slots.values():
+            layer.perturbation = None
+        of.load_state_dict(kept)
+        with torch.no_grad():
+            for name, g in sharp.items():
+                if name in scales and objective != "weights":
+                    found = at_weights[name] if objective in ("split", "step sizes") else g
+                    p = scales[name]
+                    p.copy_(torch.maximum(p - 0.5 * gradient_scale(of, name) * found, p / 2))
+                elif name not in scales and objective != "step sizes":
+                    of.get_parameter(name).sub_(0.5 * (at_weights[name] if objective == "plain" else g))
+    of.zero_grad()
+    return of
+
+
+def assert_same_movement(found: dict, expected: dict, start: dict, close: float = CLOSE) -> None:
+    """Of all tensors together. A key's bias adds the same to all scores of a query: its gradient is noise."""
+    expected = {name: value for name, value in expected.items() if not name.endswith("key.bias")}
+    names = [name for name, value in expected.items() if value.is_floating_point() and not torch.equal(value, start[name])]
+    assert len(names) > 20
+    moves = [torch.cat([(of[name] - start[name]).double().reshape(-1) for name in names]) for of in (found, expected)]
+    assert relative_error(*moves) < close
+    kept = [name for name, value in expected.items() if name not in names]
+    assert [name for name in kept if not torch.equal(found[name], start[name])] == []
+
+
+def different(found: dict, expected: dict) -> list[str]:
+    assert found.keys() == expected.keys()
+    return [name for name, value in expected.items() if not torch.equal(found[name], value)]
+
+
+def losses(run: Trainer) -> list[dict[str, float]]:
+    return [entry for entry in run.state.log_history if "loss" in entry]
+
+
+def environment() -> dict[str, str]:
+    paths = [str(SCRIPT.parents[1]), str(SCRIPT.parents[2]), os.environ.get("PYTHONPATH", "")]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1"}
+
+
+def script(folder: Path, out: Path, launcher: tuple[str, ...] = (), **options) -> list[str]:
+    return [sys.executable, *launcher, str(SCRIPT), str(folder), str(out), json.dumps(options)]
+
+
+def finish(command: list[str]) -> None:
+    done = subprocess.run(command, env=environment(), timeout=300, capture_output=True, text=True, check=False)
+    errors = [line for line in done.stderr.splitlines() if "Error: " in line]
+    assert done.returncode == 0, errors[:3] or done.stderr[-500:]
+
+
+NO_DROPOUT = {
+    "bert-cls": {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
+    "t5-tied": {"dropout_rate": 0.0},
+    "llama-tied": {},
+}
+TURNS = {
+    "none": ["both"] * 3,
+    "step": ["split"] * 3,
+    "batch": ["weights", "step sizes", "weights"],
+}
+
+
+@functools.cache
+def expected_of(alternate: str) -> dict[str, torch.Tensor]:
+    return reference(model(), TURNS[alternate], rho=0.5).state_dict()
+
+
+class TestTheSteps:
+    @pytest.mark.parametrize("alternate", TURNS)
+    @pytest.mark.parametrize("parts", [pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow), 4])
+    def test_are_those_of_a_plain_loop(self, tmp_path, alternate, parts):
+        start = copy.deepcopy(model().state_dict())
+        expected = expected_of(alternate)
+        batches = {"per_device_train_batch_size": 8 // parts, "gradient_accumulation_steps": parts}
+        run = trainer(tmp_path, max_steps=3, rho=0.5, alternate=alternate, **BY_HAND, **RATES, **batches)
+        run.train()
+        assert_same_movement(run.model.state_dict(), expected, start)
+
+    @pytest.mark.parametrize("options", [{"adaptive": True}, {"perturb": "latent"}], ids=str)
+    def test_of_other_perturbations(self, tmp_path, options):
+        start = copy.deepcopy(model().state_dict())
+        expected = reference(model(), TURNS["step"], rho=0.5, **options).state_dict()
+        run = trainer(tmp_path, max_steps=3, rho=0.5, alternate="step", **options, **BY_HAND, **RATES)
+        run.train()
+        assert_same_movement(run.model.state_dict(), expected, start)
+
+    def test_without_radius_are_lsq(self, tmp_path):
+        start = copy.deepcopy(model().state_dict())
+        expected = reference(model(), ["plain"] * 3, rho=0.0).state_dict()
+        for alternate in ("batch", "none"):
+            run = trainer(tmp_path, max_steps=3, rho=0.0, alternate=alternate, **BY_HAND, **RATES)
+            run.train()
+            assert_same_movement(run.model.state_dict(), expected, start)
+            assert all("sharp_loss" not in entry for entry in losses(run))
+
+    def test_learn_the_step_sizes_of_inputs(self, tmp_path):
+        start = copy.deepcopy(model(static=True).state_dict())
+        for turn, options in (("plain", {"rho": 0.0}), ("split", {"rho": 1e-9, "alternate": "step"})):
+            expected = reference(model(static=True), [turn], rho=0.0).state_dict()
+            run = trainer(tmp_path, model(static=True), max_steps=1, **options, **BY_HAND, **RATES)
+            run.train()
+            assert_same_movement(run.model.state_dict(), expected, start)
+            assert all(not torch.equal(value, start[n]) for n, value in expected.items() if n.endswith("input_scale"))
+
+    @pytest.mark.parametrize("alternate", [pytest.param("none", marks=pytest.mark.slow), "step"])
+    def test_of_a_radius_that_vanishes_become_those_of_lsq(self, tmp_path, alternate):
+        start = copy.deepcopy(model().state_dict())
+        found = []
+        for rho in (1e-7, 0.0):
+            run = trainer(tmp_path, max_steps=3, rho=rho, alternate=alternate, **BY_HAND, **RATES)
+            run.train()
+            found.append(run.model.state_dict())
+        assert_same_movement(*found, start)
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("parts", [1, 2])
+    @pytest.mark.parametrize("alternate", TURNS)
+    def test_on_two_processes_are_those_of_a_plain_loop(self, tmp_path, parts, alternate):
+        launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+        batches = {"per_device_train_batch_size": 4 // parts, "gradient_accumulation_steps": parts}
+        options = {"max_steps": 3, "rho": 0.5, "alternate": alternate, **BY_HAND, **RATES, **batches}
+        finish(script(tmp_path, tmp_path / "out.pt", launcher, **options))
+        found = torch.load(tmp_path / "out.pt")
+        assert found["world"] == 2
+        start = copy.deepcopy(model().state_dict())
+        assert_same_movement(found["model"], expected_of(alternate), start)
+        assert packed_layers(tmp_path / "packed") > 10
+
+    def test_of_epochs_alternate(self, tmp_path):
+        """48 samples are 6 steps."""
+        run = trainer(tmp_path, max_steps=14, alternate="epoch", **BY_HAND, **RATES)
+        run.train()
+        assert ["sharp_loss" in entry for entry in losses(run)] == [True] * 6 + [False] * 6 + [True] * 2
+
+    def test_replay_the_same_dropout(self, tmp_path):
+        """At a radius of nothing the two losses of a step are the same."""
+        options = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "alternate": "none"}
+        run = trainer(tmp_path, model(dropout=0.3), rho=1e-12, **options)
+        run.train()
+        assert [entry["sharpness"] for entry in losses(run)] == [0.0] * 6
+        assert len({entry["loss"] for entry in losses(run)}) == 6
+
+    def test_train_and_log(self, tmp_path):
+        run = trainer(tmp_path, max_steps=40, rho=0.1, learning_rate=3e-3, logging_steps=10, scale_learning_rate=0.1)
+        run.train()
+        first, *_, last = losses(run)
+        assert last["loss"] < 0.9 * first["loss"]
+        assert all(entry["sharpness"] > 0 for entry in losses(run))
+        assert 0 < first["scale_drift"] < last["scale_drift"]
+        assert all(0 < entry["clipped"] < 1 for entry in losses(run))
+        assert all((p > 0).all() for p in step_sizes(run.model).values())
+
+    def test_log_what_it_says(self, tmp_path):
+        run = trainer(tmp_path, max_steps=2, rho=0.1, alternate="none", **RATES)
+        start = {name: p.detach().clone() for name, p in step_sizes(run.model).items()}
+        run.train()
+        drift = torch.cat([((p - start[n]).abs() / start[n]).reshape(-1) for n, p in step_sizes(run.model).items()])
+        outside = []
+        for _, layer in low_bit_layers(run.model):
+            ratio = layer.weight / layer.weight_scale
+            outside.append(((ratio > layer.spec.weight.highest) | (ratio < layer.spec.weight.lowest)).reshape(-1))
+        assert losses(run)[-1]["scale_drift"] == pytest.approx(drift.mean().item(), rel=1e-5)
+        assert losses(run)[-1]["clipped"] == pytest.approx(torch.cat(outside).float().mean().item(), rel=1e-5)
+
+    def test_in_bfloat16_and_with_gradient_checkpointing_are_near(self, tmp_path):
+        start = copy.deepcopy(model().state_dict())
+        found = []
+        for options in ({}, {"activation_checkpointing": True}, {"bf16": True}):
+            run = trainer(tmp_path, max_steps=3, rho=0.5, alternate="step", **BY_HAND, **RATES, **options)
+            run.train()
+            found.append(copy.deepcopy(run.model.state_dict()))
+        assert_same_movement(found[1], found[0], start)
+        assert_same_movement(found[2], found[0], start, close=0.2)
+        assert len(different(found[2], found[0])) > 20
+
+    @pytest.mark.parametrize("name", ["gpt2-cls", "t5-tied"])
+    def test_of_every_kind_of_model(self, tmp_path, name):
+        start = prepare(make(name), PreQuantConfig(weight_bits=3, embedding_bits=4).scheme())
+        rows = [{"input_ids": row, "labels": row if "tied" in name else row[0] % 3} for row in token_ids(16, 7)]
+        before = copy.deepcopy(start.state_dict())
+        run = trainer(tmp_path, start, data=rows, max_steps=2, per_device_train_batch_size=4, gradient_accumulation_steps=2)
+        run.train()
+        assert len(different(start.state_dict(), before)) > 10
+
+    @pytest.mark.parametrize("name", ["bert-cls", "llama-tied"])
+    def test_in_parts_count_each_sample_once(self, tmp_path, name):
+        """The stock Trainer multiplies the loss of heads that ignore `num_items_in_batch` by the number of parts."""
+        found = []
+        for parts in (1, 2):
+            start = prepare(make(name, **NO_DROPOUT[name]), PreQuantConfig(weight_bits=3, activation_bits=None).scheme())
+            rows = [{"input_ids": row, "labels": row if "tied" in name else row[0] % 3} for row in token_ids(16, 7)]
+            batches = {"per_device_train_batch_size": 8 // parts, "gradient_accumulation_steps": parts}
+            run = trainer(tmp_path, start, data=rows, max_steps=1, rho=0.01, **batches)
+            run.train()
+            found.append(losses(run)[0])
+        for figure in ("loss", "grad_norm", "sharp_loss"):
+            assert found[1][figure] == pytest.approx(found[0][figure], rel=1e-4)
+
+    def test_stop_at_a_loss_that_is_not_finite(self, tmp_path):
+        run = trainer(tmp_path, rho=0.1, **SAVED)
+
+        def spoil(_, args, kwargs):
+            if run.state.global_step == 3:
+                return args, {**kwargs, "inputs_embeds": torch.full((8, 7, 32), torch.nan), "input_ids": None}
+
+        run.model.register_forward_pre_hook(spoil, with_kwargs=True)
+        with pytest.raises(FloatingPointError, match="became nan at step 4 of 6; the weights are those of step 3"):
+            run.train()
+        again = trainer(tmp_path, rho=0.1, **SAVED)
+        again.train(resume_from_checkpoint=True)
+        assert again.state.global_step == 6
+
+
+class TestTheTeacher:
+    def test_is_followed(self, tmp_path):
+        """The loss is the mixture, computed here from the logits."""
+        teacher = make("bert-cls", seed=5)
+        run = trainer(tmp_path, teacher=teacher, distillation=0.3, max_steps=1, train_sampling_strategy="sequential")
+        batch = {key: torch.stack([row[key] for row in samples()[:8]]) for key in ("input_ids", "labels")}
+        with torch.no_grad():
+            outputs = run.model.eval()(**batch)
+            wanted, found = teacher(**batch).logits.log_softmax(-1), outputs.logits.log_softmax(-1)
+        distance = (wanted.exp() * (wanted - found)).sum(-1).mean()
+        run.train()
+        assert losses(run)[0]["loss"] == pytest.approx((0.7 * outputs.loss + 0.3 * distance).item(), rel=1e-5)
+        assert not any(p.requires_grad for p in teacher.parameters())
+
+    @pytest.mark.parametrize("name", ["llama-tied", "t5-tied"])
+    def test_is_followed_in_parts(self, tmp_path, name):
+        found = []
+        for parts in (1, 2):
+            start = prepare(make(name, **NO_DROPOUT[name]), PreQuantConfig(weight_bits=3, activation_bits=None).scheme())
+            rows = [{"input_ids": row, "labels": row if "tied" in name else row[0] % 3} for row in token_ids(16, 7)]
+            batches = {"per_device_train_batch_size": 8 // parts, "gradient_accumulation_steps": parts}
+            run = trainer(tmp_path, start, data=rows, max_steps=1, rho=0.01, teacher=make(name, seed=5), **batches)
+            run.train()
+            found.append(losses(run)[0])
+        for figure in ("loss", "grad_norm", "sharp_loss"):
+            assert found[1][figure] == pytest.approx(found[0][figure], rel=1e-4)
+
+    def test_is_not_asked_while_evaluating(self, tmp_path):
+        teacher = make("bert-cls", seed=5)
+        run = trainer(tmp_path, teacher=teacher, max_steps=1)
+        alone = trainer(tmp_path, run.model)
+        assert run.evaluate(samples())["eval_loss"] == alone.evaluate(samples())["eval_loss"]
+
+
+class TestTheOptimizer:
+    def test_has_groups_of_weights_and_step_sizes(self, tmp_path):
+        run = trainer(tmp_path, weight_decay=0.1)
+        decayed, kept, scales = run.create_optimizer().param_groups
+        assert [group["lr"] for group in (decayed, kept, scales)] == [1e-3, 1e-3, 3e-4]
+        assert [group["weight_decay"] for group in (decayed, kept, scales)] == [0.1, 0.0, 0.0]
+        assert {id(p) for p in scales["params"]} == {id(p) for p in step_sizes(run.model).values()}
+        assert sum(len(g["params"]) for g in (decayed, kept, scales)) == sum(
+            p.requires_grad for p in run.model.parameters()
+        )
+
+    def test_leaves_frozen_layers_alone(self, tmp_path):
+        start = model()
+        start.bert.embeddings.requires_grad_(False)
+        before = copy.deepcopy(start.state_dict())
+        trainer(tmp_path, start, max_steps=2).train()
+        changed = different(start.state_dict(), before)
+        assert changed
+        assert not [name for name in changed if "embeddings" in name]
+
+    def test_of_the_user_is_taken(self, tmp_path):
+        start = model()
+        optimizer = torch.optim.SGD([*start.parameters()], lr=1e4)
+        args = SQuATArguments(str(tmp_path), max_steps=2, rho=0.1, lr_scheduler_type="constant", **PLAIN)
+        run = SQuATTrainer(start, args, train_dataset=samples(), optimizers=(optimizer, None))
+        run.train()
+        assert run.optimizer.optimizer is optimizer
+        assert all((p > 0).all() for p in step_sizes(start).values())
+
+    def test_with_groups_of_its_own_is_refused(self, tmp_path):
+        run = trainer(tmp_path)
+        run.optimizer_cls_and_kwargs = (torch.optim.SGD, {"lr": 0.1, "params": []})
+        with pytest.raises(ValueError, match="optim=.* does not go with SQuATTrainer; use optim='adamw_torch'"):
+            run.train()
+
+
+class TestResuming:
+    @pytest.mark.parametrize("alternate", ["batch", pytest.param("epoch", marks=pytest.mark.slow)])
+    def test_is_exact(self, tmp_path, alternate):
+        options = {**SAVED, "rho": 0.1, "alternate": alternate, "gradient_accumulation_steps": 2, "max_steps": 8}
+        whole = trainer(tmp_path, model(static=True, dropout=0.2), **options)
+        whole.train()
+        for step in (2, 6) if alternate == "epoch" else (2,):
+            start = model(static=True, dropout=0.2)
+            for p in start.parameters():
+                if p.is_floating_point():
+                    p.data.mul_(1.1)
+            resumed = trainer(tmp_path / "again", start, **options)
+            resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+            assert different(resumed.model.state_dict(), whole.model.state_dict()) == []
+            assert losses(resumed) == losses(whole)
+
+    @pytest.mark.slow
+    def test_is_exact_after_a_kill(self, tmp_path):
+        options = {**SAVED, "rho": 0.1, "dropout": 0.2, "static": True, "gradient_accumulation_steps": 2}
+        finish(script(tmp_path / "whole", tmp_path / "whole.pt", **options))
+        folder, out = tmp_path / "killed", tmp_path / "killed.pt"
+        log = (tmp_path / "log").open("w")
+        process = subprocess.Popen(
+            script(folder, out, slow=True, **options), env=environment(), stdout=log, stderr=subprocess.STDOUT
+        )
+        deadline = time.time() + 120
+        while not (folder / "checkpoint-4" / "trainer_state.json").exists() and time.time() < deadline:
+            assert process.poll() is None, (tmp_path / "log").read_text()[-500:]
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+        assert not out.exists()
+        assert not (folder / "checkpoint-6").exists()
+        finish(script(folder, out, resume=True, **options))
+        found, expected = torch.load(out), torch.load(tmp_path / "whole.pt")
+        assert different(found["model"], expected["model"]) == []
+        assert found["figures"] == expected["figures"]
+
+
+def packed_layers(folder: Path, of=None) -> int:
+    """How many layers of a saved model are packed, all of them; its answers are those of `of`."""
+    from transformers import BertForSequenceClassification
+
+    reloaded = BertForSequenceClassification.from_pretrained(folder)
+    layers = [layer for _, layer in low_bit_layers(reloaded)]
+    assert all(isinstance(layer, PackedLinear | PackedEmbedding) for layer in layers)
+    if of is not None:
+        assert torch.equal(logits(reloaded), logits(pack(copy.deepcopy(of)).eval()))
+    return len(layers)
+
+
+class TestCitizenship:
+    def test_from_float_checkpoint_to_packed_one(self, tmp_path):
+        make("bert-cls").save_pretrained(tmp_path / "float")
+        config = SQuATConfig(weight_bits=2, embedding_bits=2, activations="static", calibration_samples=8)
+        start = type(make("bert-cls")).from_pretrained(tmp_path / "float", quantization_config=config)
+        assert all(p.requires_grad for p in start.parameters() if p.is_floating_point())
+        assert all((p > 0).all() for p in step_sizes(start).values())
+        assert len(step_sizes(start)) > 20
+        run = trainer(tmp_path / "out", start, max_steps=2, **SAVED)
+        run.train()
+        run.save_model()
+        assert packed_layers(tmp_path / "out", run.model) > 10
+        stored = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+        assert (stored["algorithm"], stored["packed"]) == ("squat", True)
+        assert stored["recipe"]["training"]["trainer"] == "SQuATTrainer"
+        assert run.model.config.quantization_config.packed is False
+        again = type(start).from_pretrained(tmp_path / "out" / "checkpoint-2")
+        assert all(p.requires_grad for p in again.parameters() if p.is_floating_point())
+        assert different(again.state_dict(), run.model.state_dict()) == []
+
+    def test_the_best_model_is_loaded_and_early_stopping_stops(self, tmp_path):
+        def accuracy(found):
+            return {"accuracy": float((found.predictions.argmax(-1) == found.label_ids).mean())}
+
+        args = SQuATArguments(
+            str(tmp_path), max_steps=12, per_device_train_batch_size=8, eval_strategy="steps", eval_steps=1,
+            load_best_model_at_end=True, metric_for_best_model="accuracy", learning_rate=0.01,
+            **{**PLAIN, "save_strategy": "steps", "save_steps": 1},
+        )  # fmt: skip
+        run = SQuATTrainer(
+            model(), args, train_dataset=samples(), eval_dataset=samples(16), compute_metrics=accuracy,
+            callbacks=[EarlyStoppingCallback(2)],
+        )  # fmt: skip
+        run.train()
+        scores = [entry["eval_accuracy"] for entry in run.state.log_history if "eval_accuracy" in entry]
+        assert run.evaluate()["eval_accuracy"] == run.state.best_metric == max(scores)
+        best = load_file(Path(run.state.best_model_checkpoint) / "model.safetensors")
+        assert all(torch.equal(best[name], p) for name, p in run.model.named_parameters() if name in best)
+        run.save_model(str(tmp_path / "packed"))
+        assert packed_layers(tmp_path / "packed", run.model) > 10
+
+    def test_writers_are_evaluated_on_what_they_write(self, tmp_path):
+        start = prepare(make("t5-tied"), PreQuantConfig(weight_bits=3, embedding_bits=4).scheme())
+        rows = [{"input_ids": row, "labels": row} for row in token_ids(8, 7)]
+        args = SQuATSeq2SeqArguments(
+            str(tmp_path), max_steps=2, predict_with_generate=True, generation_max_length=5, rho=0.1, **PLAIN
+        )
+        seen = []
+        run = SQuATSeq2SeqTrainer(
+            start, args, train_dataset=rows, eval_dataset=rows,
+            compute_metrics=lambda found: seen.append(found.predictions.shape) or {},
+        )  # fmt: skip
+        run.train()
+        run.evaluate()
+        assert [shape[0] for shape in seen] == [8]
+        assert "sharpness" in losses(run)[0]
+
+
+class TestArguments:
+    @pytest.mark.parametrize(
+        ("fields", "message"),
+        [
+            ({"rho": -0.1}, "rho=-0.1 is no radius; use a number of at least 0"),
+            ({"perturb": "all"}, "perturb='all' is unknown"),
+            ({"alternate": "often"}, "alternate='often' is unknown; use one of"),
+            ({"scale_learning_rate": 0.0}, "scale_learning_rate=0.0 is not allowed"),
+            ({"distillation": 2.0}, "distillation=2.0 is no share"),
+        ],
+        ids=lambda v: str(v)[:30],
+    )
+    @pytest.mark.parametrize("kind", [SQuATArguments, SQuATSeq2SeqArguments])
+    def test_bad_values(self, tmp_path, fields, message, kind):
+        with pytest.raises(ValueError, match=message):
+            kind(str(tmp_path), **fields)
+
+    @pytest.mark.parametrize(
+        ("name", "value", "message"),
+        [
+            ("deepspeed", {"zero_optimization": {"stage": 2}}, "deepspeed=.*never whole; use DDP"),
+            ("fsdp", True, "fsdp=True does not go with SQuATTrainer"),
+            ("fp16", True, "fp16=True does not go with SQuATTrainer; use bf16=True"),
+            ("_n_gpu", 2, "one process for 2 GPUs does not go with SQuATTrainer; start one process a GPU"),
+        ],
+    )
+    def test_that_cannot_be_followed(self, tmp_path, name, value, message):
+        args = SQuATArguments(str(tmp_path), **PLAIN)
+        args.device  # noqa: B018 -- counts the GPUs
+        setattr(args, name, value)
+        with pytest.raises(ValueError, match=message):
+            SQuATTrainer(model(), args)
+
+    def test_sharding_that_the_launcher_asks_for(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(SQuATTrainer, "is_deepspeed_enabled", True, raising=False)
+        monkeypatch.setattr(Trainer, "__init__", lambda self, *_, **__: None)
+        with pytest.raises(ValueError, match="DeepSpeed or FSDP, asked for by the launcher, does not go with SQuATTrainer"):
+            SQuATTrainer(model(), SQuATArguments(str(tmp_path), **PLAIN))
+
+    def test_of_the_stock_trainers(self, tmp_path):
+        with pytest.raises(TypeError, match="args is a TrainingArguments; use SQuATArguments"):
+            SQuATTrainer(model(), TrainingArguments(str(tmp_path), use_cpu=True))
+        with pytest.raises(TypeError, match="args is a SQuATArguments; use SQuATSeq2SeqArguments"):
+            SQuATSeq2SeqTrainer(model(), SQuATArguments(str(tmp_path), use_cpu=True))
+
+    def test_a_model_to_be_made_later(self, tmp_path):
+        with pytest.raises(ValueError, match="model_init= does not go with SQuATTrainer; give the model"):
+            SQuATTrainer(args=SQuATArguments(str(tmp_path), **PLAIN), model_init=model)
+
+
+class TestBadModels:
+    def refused(self, tmp_path, message, of, **options):
+        with pytest.raises(ValueError, match=message):
+            SQuATTrainer(of, SQuATArguments(str(tmp_path), **PLAIN), train_dataset=samples(), **options)
+
+    def test_packed(self, tmp_path):
+        self.refused(tmp_path, r"the model is packed and has no weights to train; .*packed=False", pack(model()))
+
+    def test_float(self, tmp_path):
+        self.refused(tmp_path, "the model has no fake-quantized layer to train", make("bert-cls"))
+
+    def test_frozen(self, tmp_path):
+        start = model()
+        start.bert.requires_grad_(False)
+        self.refused(tmp_path, "BertForSequenceClassification has no fake-quantized layer to train", start)
+
+    def test_uncalibrated(self, tmp_path):
+        scheme = PreQuantConfig(activations="static").scheme()
+        self.refused(tmp_path, "input_scale has no start value; call .*calibrate", prepare(make("bert-cls"), scheme))
+
+    def test_in_bfloat16(self, tmp_path):
+        start = model()
+        start.classifier.bfloat16()
+        self.refused(tmp_path, "the model has weights of .'torch.bfloat16'.*load it with dtype=torch.float32", start)
+
+    def test_with_a_teacher_in_low_bits(self, tmp_path):
+        self.refused(tmp_path, "the teacher is in low bits; use the float model", model(), teacher=model())
