@@ -154,7 +154,7 @@ def test_algorithm_picks_the_class():
     for name, cls in ALGORITHMS.items():
         assert type(LowBitConfig.from_dict({"algorithm": name})) is cls
         assert cls.algorithm == name
-    with pytest.raises(ValueError, match=r"algorithm='gptq' is unknown.*\['none', 'prequant'.*pip install --upgrade"):
+    with pytest.raises(ValueError, match=r"algorithm='gptq' is unknown.*'none', 'prequant'.*pip install --upgrade"):
         LowBitConfig.from_dict({"algorithm": "gptq"})
 
 
