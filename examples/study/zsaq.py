@@ -14,7 +14,7 @@ from typing import Any
 
 from prequant import _MEASURES, MODELS
 from runner import Cell
-from zsaq_tables import MAIN, RATES, SEEDS, all_tables
+from zsaq_tables import INPUTS_ALONE, MAIN, RATES, SEEDS, all_tables
 
 
 STEPS = 200
@@ -37,6 +37,7 @@ _HELD_OUT = 256  # sentences that sharpness, and the hidden states of the encode
 def cells() -> list[Cell]:
     """The deciding cells first; what comes last is the least important."""
     found = [Cell(f"rounding-{ranges}", scheme, "sst2") for scheme in MAIN for ranges in ("mse", "lsq")]
+    found.append(Cell("rounding-mse", INPUTS_ALONE, "sst2"))
     found += [Cell(method, scheme, "sst2") for method in ("text", "noise", "random") for scheme in MAIN[:4]]
     found += [*_writers(), *_others(), *(Cell(method, "w4a8e4-row", "sst2") for method in ("text", "noise"))]
     found += [Cell(method, scheme, "sst2") for method in ("sam", "sga") for scheme in MAIN[:2]]
