@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainingArguments
+from transformers.distributed.fsdp import is_fsdp_managed_module
 
 from ..algorithms.alternation import Alternation, AlternationSettings
 from ..algorithms.minimax import MinimaxSettings, discrepancy, keep_positive
@@ -36,6 +37,8 @@ class _Fields:
     alternate: str = field(
         default="batch", metadata={"help": "How the objectives alternate: 'batch', 'step', 'epoch' or 'none'."}
     )
+    climb_every: int = field(default=1, metadata={"help": "Which sharpness-aware steps climb; others reuse the last."})
+    reuse_weight: float = field(default=0.7, metadata={"help": "How much steps in between take of the last climb."})
     scale_learning_rate: float = field(default=1e-4, metadata={"help": "Of the step sizes."})
     distillation: float = field(default=0.5, metadata={"help": "Share of the loss that a teacher has, if there is one."})
 
@@ -49,7 +52,8 @@ class _Fields:
 
     def settings(self) -> AlternationSettings:
         """What `algorithms/alternation.py` is given."""
-        return AlternationSettings(self.alternate, SharpnessSettings(self.rho, self.adaptive, self.perturb))
+        sharpness = SharpnessSettings(self.rho, self.adaptive, self.perturb)
+        return AlternationSettings(self.alternate, sharpness, self.climb_every, self.reuse_weight)
 
 
 @dataclass
@@ -61,6 +65,7 @@ class SQuATArguments(_Fields, TrainingArguments):
             training with learned step sizes (LSQ).
         alternate (`str`): how the objective of the weights and that of the step sizes share the steps, and what that costs:
             see `AlternationSettings`.
+        climb_every (`int`), reuse_weight (`float`): cheaper sharpness (LookSAM), see `AlternationSettings`; 1: none.
         scale_learning_rate (`float`): of the step sizes, which do not decay; learning_rate is the weights'.
         distillation (`float`): with a teacher, the loss is (1 - distillation) * the model's own + distillation * the KL
             divergence of its outputs from the teacher's (the mean squared error of numbers).
@@ -104,6 +109,9 @@ class _SharpnessAware(PackedSaving):
         super().__init__(model, args, *others, **options)
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             raise ValueError(not_followed(type(self), "DeepSpeed or FSDP, asked for by the launcher,"))
+        if self.is_distributed_loading_by_transformers and self.optimizer is not None:
+            instead = "let it make one: use args.optim and args.learning_rate"
+            raise ValueError(not_followed(type(self), "an optimizer for a model that is sharded", instead))
         self.teacher = teacher and teacher.eval().requires_grad_(False).to(args.device)
         self.alternation = Alternation(self.model, args.settings())
         self._window: list[_MicroBatch] = []
@@ -123,7 +131,8 @@ class _SharpnessAware(PackedSaving):
         if args.deepspeed:
             raise ValueError(refuse(f"deepspeed={args.deepspeed!r}", "its gradients are never whole; use DDP"))
         if args.fsdp:
-            raise ValueError(refuse(f"fsdp={args.fsdp!r}"))
+            how = "load the model with distributed_config=DistributedConfig(fsdp_size=N)"
+            raise ValueError(refuse(f"fsdp={args.fsdp!r}", how))
         if args.fp16:
             raise ValueError(refuse("fp16=True", "use bf16=True"))
         if args.n_gpu > 1:
@@ -131,8 +140,6 @@ class _SharpnessAware(PackedSaving):
         check_trainable(model, "the model")
         if teacher is not None and any(True for _ in low_bit_layers(teacher)):
             raise ValueError("the teacher is in low bits; use the float model that was fine-tuned on this task")
-        if getattr(model, "is_distributed_loading_by_transformers", False):
-            raise ValueError(refuse("a model that is sharded", "load it without distributed_config"))
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The optimizer of `args`, with a group for the step sizes, which stay positive and do not decay.
@@ -184,13 +191,18 @@ class _SharpnessAware(PackedSaving):
             found = []
             for number, part in enumerate(window, 1):
                 last = number == len(window)
-                with nullcontext() if last else self.accelerator.no_sync(model), _replayed(part.random, self.args.device):
+                with nullcontext() if last else self._unsynced(model), _replayed(part.random, self.args.device):
                     found.append(self._run(model, part))
             sharp = self._checked(sum(found))
             self._figures["sharp_loss"].append(sharp)
             self._figures["sharpness"].append(sharp - loss)
 
         self.alternation.finish(self.state.global_step, int(self.state.epoch or 0), replay)
+
+    def _unsynced(self, model: nn.Module) -> Any:
+        """A context in which gradients are not exchanged, as the Trainer makes it."""
+        sharded = self.is_distributed_loading_by_transformers and is_fsdp_managed_module(self.model)
+        return self._defer_fsdp_gradient_reduction() if sharded else self.accelerator.no_sync(model)
 
     def _checked(self, loss: Tensor) -> float:
         """The mean of all processes."""
@@ -274,8 +286,9 @@ class _SharpnessAware(PackedSaving):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
+        state = self.alternation.state_dict()
         if self.args.should_save:
-            torch.save(self.alternation.state_dict(), Path(output_dir) / _STATE)
+            torch.save(state, Path(output_dir) / _STATE)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
