@@ -23,7 +23,7 @@ MODEL = "models/all-MiniLM-L6-v2"
 TASKS = ("sst2", "cola")
 SUBSET, HELD_OUT, LONGEST = 8000, 1000, 64  # sentences of SST-2, of a training set to tune on, tokens of a sentence
 FLOAT_RATE = 1e-4
-RECIPE = {"learning_rate": 1e-4, "scale_learning_rate": 1e-3}
+RECIPE = {"learning_rate": 1e-4, "scale_learning_rate": 1e-4}
 METHODS: dict[str, dict[str, Any]] = {
     "lsq": {"rho": 0.0, "num_train_epochs": 1.5},
     "sam": {"alternate": "none", "num_train_epochs": 0.75},

@@ -77,6 +77,7 @@ def _gathered(model: PreTrainedModel) -> PreTrainedModel:
     config = copy.deepcopy(model.config)
     quantization = config.quantization_config
     del config.quantization_config
+    config.distributed_config = None  # else saving would wait for the other processes
     with torch.random.fork_rng():
         copied = type(model)(config)
     copied = copied.to(torch.float32).eval()

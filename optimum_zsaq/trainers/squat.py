@@ -166,7 +166,8 @@ class _SharpnessAware(PackedSaving):
         """The Trainer's; at the last micro-batch of a step, the gradients become those of the step's objective.
 
         Raises:
-            FloatingPointError: the loss is NaN or infinite. Nothing was changed by this step.
+            FloatingPointError: the loss is NaN or infinite. Nothing was changed by this step; nor is it by one whose gradient
+                is not finite, which is found before the optimizer's step.
         """
         self._use_counts_that_count(inputs)
         part = _MicroBatch(inputs, num_items_in_batch, _random_state(self.args.device), self._ask_teacher(inputs))
@@ -208,15 +209,24 @@ class _SharpnessAware(PackedSaving):
         """The mean of all processes."""
         if self.args.world_size > 1:
             torch.distributed.all_reduce(loss)
-        loss = loss.item() / self.args.world_size
-        if not math.isfinite(loss):
+        return self._finite(loss.item() / self.args.world_size, "loss")
+
+    def _finite(self, value: float, what: str) -> float:
+        if not math.isfinite(value):
             self.model.zero_grad()
-            step = self.state.global_step
+            step, args = self.state.global_step, self.args
             raise FloatingPointError(
-                f"the loss became {loss} at step {step + 1} of {self.state.max_steps}; the weights are those of step "
-                f"{step}, and checkpoints stay as they are. Try a smaller learning_rate (now {self.args.learning_rate})"
+                f"the {what} became {value} at step {step + 1} of {self.state.max_steps}; the weights are those of step "
+                f"{step}, and checkpoints stay as they are. Try a smaller learning_rate (now {args.learning_rate}) or "
+                f"scale_learning_rate (now {args.scale_learning_rate})"
             )
-        return loss
+        return value
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None) -> Tensor | float:
+        """The Trainer's, which it asks for before each step of the optimizer."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        self._finite(float(norm), "norm of the gradient")
+        return norm
 
     def _use_counts_that_count(self, inputs: dict[str, Any]) -> None:
         """Many models take `num_items_in_batch` and ignore it; the Trainer then divides their loss by nothing.
@@ -321,7 +331,7 @@ class SQuATTrainer(_SharpnessAware, Trainer):
             the teacher is in low bits; an option that this training cannot follow: DeepSpeed, FSDP, fp16, several GPUs in
             one process, optimizers with parameter groups of their own.
         TypeError: args are no `SQuATArguments`.
-        FloatingPointError: by `train`, the loss became NaN or infinite; checkpoints written before stay.
+        FloatingPointError: by `train`, the loss or a gradient became NaN or infinite; checkpoints written before stay.
 
     Source: https://huggingface.co/papers/2210.07171.
     """

@@ -21,8 +21,6 @@ def main() -> None:
     run.save_model(f"{folder}/packed")
     if run.args.process_index == 0:
         torch.save({"world": run.args.world_size, "sharded": sharded, "model": state, "figures": figures}, out)
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

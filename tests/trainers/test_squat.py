@@ -221,7 +221,7 @@ class TestTheSteps:
         assert packed_layers(tmp_path / "packed") > 10
 
     @pytest.mark.slow
-    @pytest.mark.parametrize(("parts", "options"), [(1, {}), (2, {}), (1, {"adaptive": True}), (2, {"perturb": "latent"})])
+    @pytest.mark.parametrize(("parts", "options"), [(2, {}), (1, {"adaptive": True}), (2, {"perturb": "latent"})])
     def test_of_a_sharded_model_are_those_of_a_plain_loop(self, tmp_path, parts, options):
         """FSDP2, which transformers shards a model with while it loads."""
         model().save_pretrained(tmp_path / "whole")
@@ -239,7 +239,9 @@ class TestTheSteps:
         one.train()
         for figure in ("loss", "sharpness", "scale_drift", "clipped"):
             assert found["figures"][-1][figure] == pytest.approx(losses(one)[-1][figure], rel=1e-4)
-        assert packed_layers(tmp_path / "packed", expected if not options else None) > 10
+        trained = model()
+        trained.load_state_dict(found["model"])
+        assert packed_layers(tmp_path / "packed", trained) > 10
 
     @pytest.mark.parametrize("alternate", ["batch", "none"])
     def test_reuse_a_climb(self, tmp_path, alternate):
@@ -352,6 +354,34 @@ class TestTheSteps:
         again = trainer(tmp_path, rho=0.1, **SAVED)
         again.train(resume_from_checkpoint=True)
         assert again.state.global_step == 6
+
+    @pytest.mark.parametrize("clipping", [1.0, 0.0])
+    def test_stop_at_a_gradient_that_is_not_finite(self, tmp_path, clipping):
+        run = trainer(tmp_path, rho=0.0, max_grad_norm=clipping)
+        start = {}
+
+        def spoil(gradient):
+            if run.state.global_step == 2:
+                start.update(copy.deepcopy(run.model.state_dict()))
+                return gradient * torch.nan
+            return gradient
+
+        run.model.classifier.weight.register_hook(spoil)
+        with pytest.raises(FloatingPointError, match="norm of the gradient became nan at step 3 of 6; .* of step 2"):
+            run.train()
+        assert different(run.model.state_dict(), start) == []
+
+    def test_a_step_size_that_is_pushed_down_for_ever_stays_usable(self, tmp_path):
+        run = trainer(tmp_path, max_steps=1)
+        optimizer, scales = run.create_optimizer(), list(step_sizes(run.model).values())
+        tiny = scales[0].detach().fill_(1e-9).clone()
+        for _ in range(200):
+            for p in scales:
+                p.grad = torch.ones_like(p)
+            optimizer.step()
+        assert torch.equal(scales[0], tiny)
+        assert all((p == torch.finfo(torch.float32).eps).all() for p in scales[1:])
+        assert torch.isfinite(run.model(**{k: v[None] for k, v in samples()[0].items()}).loss)
 
 
 class TestTheTeacher:
