@@ -13,6 +13,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .looksam import ReusedClimb
+from .sharded import whole
 from .sharpness import Perturbation, SharpnessSettings
 from .step_sizes import StepSizes
 
@@ -31,15 +33,21 @@ class AlternationSettings:
             parameter by the gradient at the perturbed weights (two).
         sharpness (`SharpnessSettings`): rho = 0 is plain LSQ: every step is of both, at the weights (one evaluation);
             `alternate` has no meaning then.
+        climb_every (`int`): of the steps that are sharpness-aware, which climb; the others reuse what the last climb
+            changed and take one evaluation, see `looksam.py`. 1: all.
+        reuse_weight (`float`): how much of it.
 
     Raises:
-        ValueError: an unknown alternation.
+        ValueError: a value out of range.
     """
 
     alternate: str = "batch"
     sharpness: SharpnessSettings = field(default_factory=SharpnessSettings)
+    climb_every: int = 1
+    reuse_weight: float = 0.7
 
     def __post_init__(self):
+        ReusedClimb([], self.climb_every, self.reuse_weight)
         if self.alternate not in ALTERNATIONS:
             raise ValueError(f"alternate={self.alternate!r} is unknown; use one of {ALTERNATIONS}")
 
@@ -61,6 +69,7 @@ class Alternation:
         scales = {id(p) for p in self.step_sizes.parameters}
         self.weights = [p for p in model.parameters() if p.requires_grad and id(p) not in scales]
         self.perturbation = Perturbation(model, settings.sharpness)
+        self.reused = ReusedClimb(self.weights, settings.climb_every, settings.reuse_weight)
 
     def objective(self, step: int, epoch: int) -> str:
         """What a step is of: "weights", "step sizes", or "both"."""
@@ -82,27 +91,37 @@ class Alternation:
         if objective == "step sizes":
             _drop(self.weights)
         elif self.settings.sharpness.rho:
-            at_weights = _drop(scales)
-            self.perturbation.apply()
-            try:
-                replay()
-            finally:
-                self.perturbation.remove()
+            self._sharpen(replay)
             if objective == "weights":
                 _drop(scales)
-            elif self.settings.alternate == "step":
-                for p, gradient in zip(scales, at_weights, strict=True):
-                    p.grad = gradient
         self.step_sizes.scale_gradients()
 
+    def _sharpen(self, replay: Callable[[], None]) -> None:
+        if not self.reused.due():
+            self.reused.reuse()
+            return
+        scales = self.step_sizes.parameters
+        at_weights = _drop(scales)
+        self.perturbation.apply()
+        try:
+            replay()
+        finally:
+            self.perturbation.remove()
+        self.reused.keep()
+        if self.settings.alternate == "step":
+            for p, gradient in zip(scales, at_weights, strict=True):
+                p.grad = gradient
+
     def state_dict(self) -> dict[str, Any]:
-        """What is needed to go on, beside the model's own state: where the step sizes started."""
-        return {"start": self.step_sizes.start}
+        """What is needed to go on beside the model's own state: where step sizes started, and what a climb left."""
+        start = {name: whole(value) for name, value in self.step_sizes.start.items()}
+        return {"start": start, "reused": self.reused.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from what `state_dict` gave."""
         for name, value in self.step_sizes.start.items():
             value.copy_(state["start"][name])
+        self.reused.load_state_dict(state["reused"])
 
 
 def _drop(parameters: Iterable[nn.Parameter]) -> list[Tensor | None]:

@@ -26,6 +26,7 @@ from .sharpness import Perturbation, SharpnessSettings
 
 
 OUTPUTS = ("kl", "mse", "none")
+_LEAST = torch.finfo(torch.float32).eps  # no step size becomes smaller by training
 
 
 @dataclass(frozen=True)
@@ -362,11 +363,15 @@ def warm_cosine(steps: int, step: int) -> float:
 
 
 def keep_positive(optimizer: torch.optim.Optimizer, scales: list[nn.Parameter]) -> None:
-    """No step of an optimizer more than halves a step size, so that none reaches zero or changes its sign."""
+    """No step of an optimizer more than halves a step size, or takes it below float32's epsilon.
+
+    So none changes its sign, and one that is pushed down step after step does not become zero, which would have no
+    gradient.
+    """
     least: list[Tensor] = []
 
     def before(*_: Any) -> None:
-        least[:] = [scale.detach() * 0.5 for scale in scales]
+        least[:] = [torch.maximum(scale.detach() * 0.5, scale.detach().clamp(max=_LEAST)) for scale in scales]
 
     def after(*_: Any) -> None:
         with torch.no_grad():

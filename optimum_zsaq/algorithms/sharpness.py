@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..kinds import kind_of
 from ..layers import LowBitLayer
 from ..layers.common import SCALES
+from .sharded import whole
 
 
 PERTURBED = ("quantized", "latent")
@@ -80,7 +81,7 @@ class Perturbation:
         targets = [(p, layer) for p, layer in self._targets if p.grad is not None]
         for p, layer in targets:
             self._stretch(p, layer)
-        norm = math.hypot(*(torch.linalg.vector_norm(p.grad.float()).item() for p, _ in targets))
+        norm = math.hypot(*(whole(torch.linalg.vector_norm(p.grad.float())).item() for p, _ in targets))
         length = self.settings.rho / (norm + 1e-12) if math.isfinite(norm) and norm > 0.0 else 0.0
         for p, layer in targets:
             self._stretch(p, layer)
@@ -88,7 +89,7 @@ class Perturbation:
             if not length:
                 continue
             if layer is not None:
-                layer.perturbation = layer.oriented(direction).float()
+                layer.perturbation = layer.oriented(whole(direction)).float()
             else:
                 self._saved.append((p, p.detach().clone()))
                 p.add_(direction)

@@ -14,6 +14,7 @@ from ..kinds import kind_of
 from ..layers import LowBitLayer
 from ..ops import clipped
 from ..surgery import low_bit_layers
+from .sharded import whole
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class StepSizes:
             )
         self.all = [size for name, layer in self._layers.items() for size in _of_layer(name, layer)]
         for size in self.all:
-            if size.parameter.isnan().any():
+            if whole(size.parameter).isnan().any():
                 raise ValueError(f"{size.name} has no start value; call optimum_zsaq.calibrate(model, batches)")
             size.parameter.requires_grad_(True)
         self.start = {size.name: size.parameter.detach().clone() for size in self.all}
@@ -77,7 +78,8 @@ class StepSizes:
     @torch.no_grad()
     def drift(self) -> float:
         """How far the step sizes are from where they started: the mean of |s - s0| / s0."""
-        moved = [(size.parameter - self.start[size.name]).abs() / self.start[size.name] for size in self.all]
+        pairs = ((whole(size.parameter), whole(self.start[size.name])) for size in self.all)
+        moved = [(now - start).abs() / start for now, start in pairs]
         return sum(m.sum().item() for m in moved) / sum(m.numel() for m in moved)
 
     @torch.no_grad()
@@ -85,7 +87,8 @@ class StepSizes:
         """The share of all weights that lie outside the range of their codes."""
         outside, count = 0, 0
         for layer in self._layers.values():
-            found = clipped(layer.master(), layer.weight_scale, layer.weight_zero_point, layer.spec.weight)
+            zero_point = layer.weight_zero_point if layer.weight_zero_point is None else whole(layer.weight_zero_point)
+            found = clipped(whole(layer.master()), whole(layer.weight_scale), zero_point, layer.spec.weight)
             outside, count = outside + found.sum().item(), count + found.numel()
         return outside / count
 

@@ -88,7 +88,7 @@ def measure_sharpness(
     batches = list(batches)
     if not batches:
         raise ValueError("there is nothing to measure on; give at least one batch")
-    with torch.inference_mode(False), torch.no_grad(), _measured(model) as (model, layers):
+    with torch.inference_mode(False), torch.no_grad(), measured_layers(model) as (model, layers):
         norm = radius * _norm([layer.quantized_weight() for layer in layers])
         surface = _Surface(model, layers, batches, loss, radius)
         at_weights, *ascent = _ascend(surface, norm, steps)
@@ -107,7 +107,7 @@ def _check(radius: float, steps: int, draws: int) -> None:
 
 
 @contextmanager
-def _measured(model: nn.Module) -> Iterator[tuple[nn.Module, list[LowBitLayer]]]:
+def measured_layers(model: nn.Module) -> Iterator[tuple[nn.Module, list[LowBitLayer]]]:
     """The model, a relaxed copy of a packed one, and its layers with a weight of their own.
 
     In evaluation mode, frozen and without perturbation for as long as the context lasts; then all is as it was.

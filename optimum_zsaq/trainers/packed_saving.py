@@ -4,11 +4,14 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.trainer import TRAINER_STATE_NAME
 
+from ..integrations.quantizer import attach_quantizer
 from ..kinds import kind_of
-from ..surgery import low_bit_layers, pack
+from ..surgery import low_bit_layers, pack, skeleton
 
 
 class PackedSaving:
@@ -30,22 +33,26 @@ class PackedSaving:
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         checkpoint = _internal_call and output_dir is not None
         trained = any(type(layer) is kind_of(layer).fake for _, layer in low_bit_layers(model))
-        if checkpoint or not trained or not self.args.should_save:
+        sharded = getattr(model, "is_distributed_loading_by_transformers", False)
+        if not trained or (not sharded and (checkpoint or not self.args.should_save)):
             super().save_model(output_dir, _internal_call)
             return
-        whole, self.model = self.model, self._packed_copy(model)
+        copied = _gathered(model) if sharded else copy.deepcopy(model)
+        if not self.args.should_save:
+            return
+        trained_model, self.model = self.model, copied if checkpoint else self._packed(copied)
         try:
             super().save_model(output_dir, _internal_call)
         finally:
-            self.model = whole
+            self.model = trained_model
 
     def create_model_card(self, *args: Any, **options: Any) -> None:
         """Nothing where `save_model` has written one: the Trainer's knows nothing of low bits."""
         if not (Path(self.args.output_dir) / "README.md").exists():
             super().create_model_card(*args, **options)
 
-    def _packed_copy(self, model: PreTrainedModel) -> PreTrainedModel:
-        packed = pack(copy.deepcopy(model))
+    def _packed(self, model: PreTrainedModel) -> PreTrainedModel:
+        packed = pack(model)
         config = packed.config.quantization_config
         made = {"trainer": type(self).__name__, "steps": self.state.global_step, "seed": self.args.seed}
         config.recipe = {**(config.recipe or {}), "training": made}
@@ -63,3 +70,20 @@ class PackedSaving:
                 "checkpoint of a Trainer; delete it and resume from the one before"
             )
         super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+
+def _gathered(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy, not sharded, of a fake-quantized model that is sharded over processes; each of them has to make it."""
+    config = copy.deepcopy(model.config)
+    quantization = config.quantization_config
+    del config.quantization_config
+    config.distributed_config = None  # else saving would wait for the other processes
+    with torch.random.fork_rng():
+        copied = type(model)(config)
+    copied = copied.to(torch.float32).eval()
+    skeleton(copied, quantization.table(copied), packed=False)
+    state = {name: v.full_tensor() if isinstance(v, DTensor) else v for name, v in model.state_dict().items()}
+    copied.load_state_dict({name: value.to("cpu") for name, value in state.items()})
+    copied.config.quantization_config = quantization
+    attach_quantizer(copied)
+    return copied

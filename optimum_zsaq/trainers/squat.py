@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainingArguments
+from transformers.distributed.fsdp import is_fsdp_managed_module
 
 from ..algorithms.alternation import Alternation, AlternationSettings
 from ..algorithms.minimax import MinimaxSettings, discrepancy, keep_positive
@@ -36,6 +37,8 @@ class _Fields:
     alternate: str = field(
         default="batch", metadata={"help": "How the objectives alternate: 'batch', 'step', 'epoch' or 'none'."}
     )
+    climb_every: int = field(default=1, metadata={"help": "Which sharpness-aware steps climb; others reuse the last."})
+    reuse_weight: float = field(default=0.7, metadata={"help": "How much steps in between take of the last climb."})
     scale_learning_rate: float = field(default=1e-4, metadata={"help": "Of the step sizes."})
     distillation: float = field(default=0.5, metadata={"help": "Share of the loss that a teacher has, if there is one."})
 
@@ -49,7 +52,8 @@ class _Fields:
 
     def settings(self) -> AlternationSettings:
         """What `algorithms/alternation.py` is given."""
-        return AlternationSettings(self.alternate, SharpnessSettings(self.rho, self.adaptive, self.perturb))
+        sharpness = SharpnessSettings(self.rho, self.adaptive, self.perturb)
+        return AlternationSettings(self.alternate, sharpness, self.climb_every, self.reuse_weight)
 
 
 @dataclass
@@ -61,6 +65,7 @@ class SQuATArguments(_Fields, TrainingArguments):
             training with learned step sizes (LSQ).
         alternate (`str`): how the objective of the weights and that of the step sizes share the steps, and what that costs:
             see `AlternationSettings`.
+        climb_every (`int`), reuse_weight (`float`): cheaper sharpness (LookSAM), see `AlternationSettings`; 1: none.
         scale_learning_rate (`float`): of the step sizes, which do not decay; learning_rate is the weights'.
         distillation (`float`): with a teacher, the loss is (1 - distillation) * the model's own + distillation * the KL
             divergence of its outputs from the teacher's (the mean squared error of numbers).
@@ -104,6 +109,9 @@ class _SharpnessAware(PackedSaving):
         super().__init__(model, args, *others, **options)
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             raise ValueError(not_followed(type(self), "DeepSpeed or FSDP, asked for by the launcher,"))
+        if self.is_distributed_loading_by_transformers and self.optimizer is not None:
+            instead = "let it make one: use args.optim and args.learning_rate"
+            raise ValueError(not_followed(type(self), "an optimizer for a model that is sharded", instead))
         self.teacher = teacher and teacher.eval().requires_grad_(False).to(args.device)
         self.alternation = Alternation(self.model, args.settings())
         self._window: list[_MicroBatch] = []
@@ -123,7 +131,8 @@ class _SharpnessAware(PackedSaving):
         if args.deepspeed:
             raise ValueError(refuse(f"deepspeed={args.deepspeed!r}", "its gradients are never whole; use DDP"))
         if args.fsdp:
-            raise ValueError(refuse(f"fsdp={args.fsdp!r}"))
+            how = "load the model with distributed_config=DistributedConfig(fsdp_size=N)"
+            raise ValueError(refuse(f"fsdp={args.fsdp!r}", how))
         if args.fp16:
             raise ValueError(refuse("fp16=True", "use bf16=True"))
         if args.n_gpu > 1:
@@ -131,8 +140,6 @@ class _SharpnessAware(PackedSaving):
         check_trainable(model, "the model")
         if teacher is not None and any(True for _ in low_bit_layers(teacher)):
             raise ValueError("the teacher is in low bits; use the float model that was fine-tuned on this task")
-        if getattr(model, "is_distributed_loading_by_transformers", False):
-            raise ValueError(refuse("a model that is sharded", "load it without distributed_config"))
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The optimizer of `args`, with a group for the step sizes, which stay positive and do not decay.
@@ -159,7 +166,8 @@ class _SharpnessAware(PackedSaving):
         """The Trainer's; at the last micro-batch of a step, the gradients become those of the step's objective.
 
         Raises:
-            FloatingPointError: the loss is NaN or infinite. Nothing was changed by this step.
+            FloatingPointError: the loss is NaN or infinite. Nothing was changed by this step; nor is it by one whose gradient
+                is not finite, which is found before the optimizer's step.
         """
         self._use_counts_that_count(inputs)
         part = _MicroBatch(inputs, num_items_in_batch, _random_state(self.args.device), self._ask_teacher(inputs))
@@ -184,7 +192,7 @@ class _SharpnessAware(PackedSaving):
             found = []
             for number, part in enumerate(window, 1):
                 last = number == len(window)
-                with nullcontext() if last else self.accelerator.no_sync(model), _replayed(part.random, self.args.device):
+                with nullcontext() if last else self._unsynced(model), _replayed(part.random, self.args.device):
                     found.append(self._run(model, part))
             sharp = self._checked(sum(found))
             self._figures["sharp_loss"].append(sharp)
@@ -192,19 +200,33 @@ class _SharpnessAware(PackedSaving):
 
         self.alternation.finish(self.state.global_step, int(self.state.epoch or 0), replay)
 
+    def _unsynced(self, model: nn.Module) -> Any:
+        """A context in which gradients are not exchanged, as the Trainer makes it."""
+        sharded = self.is_distributed_loading_by_transformers and is_fsdp_managed_module(self.model)
+        return self._defer_fsdp_gradient_reduction() if sharded else self.accelerator.no_sync(model)
+
     def _checked(self, loss: Tensor) -> float:
         """The mean of all processes."""
         if self.args.world_size > 1:
             torch.distributed.all_reduce(loss)
-        loss = loss.item() / self.args.world_size
-        if not math.isfinite(loss):
+        return self._finite(loss.item() / self.args.world_size, "loss")
+
+    def _finite(self, value: float, what: str) -> float:
+        if not math.isfinite(value):
             self.model.zero_grad()
-            step = self.state.global_step
+            step, args = self.state.global_step, self.args
             raise FloatingPointError(
-                f"the loss became {loss} at step {step + 1} of {self.state.max_steps}; the weights are those of step "
-                f"{step}, and checkpoints stay as they are. Try a smaller learning_rate (now {self.args.learning_rate})"
+                f"the {what} became {value} at step {step + 1} of {self.state.max_steps}; the weights are those of step "
+                f"{step}, and checkpoints stay as they are. Try a smaller learning_rate (now {args.learning_rate}) or "
+                f"scale_learning_rate (now {args.scale_learning_rate})"
             )
-        return loss
+        return value
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None) -> Tensor | float:
+        """The Trainer's, which it asks for before each step of the optimizer."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        self._finite(float(norm), "norm of the gradient")
+        return norm
 
     def _use_counts_that_count(self, inputs: dict[str, Any]) -> None:
         """Many models take `num_items_in_batch` and ignore it; the Trainer then divides their loss by nothing.
@@ -274,8 +296,9 @@ class _SharpnessAware(PackedSaving):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
+        state = self.alternation.state_dict()
         if self.args.should_save:
-            torch.save(self.alternation.state_dict(), Path(output_dir) / _STATE)
+            torch.save(state, Path(output_dir) / _STATE)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
@@ -308,7 +331,7 @@ class SQuATTrainer(_SharpnessAware, Trainer):
             the teacher is in low bits; an option that this training cannot follow: DeepSpeed, FSDP, fp16, several GPUs in
             one process, optimizers with parameter groups of their own.
         TypeError: args are no `SQuATArguments`.
-        FloatingPointError: by `train`, the loss became NaN or infinite; checkpoints written before stay.
+        FloatingPointError: by `train`, the loss or a gradient became NaN or infinite; checkpoints written before stay.
 
     Source: https://huggingface.co/papers/2210.07171.
     """

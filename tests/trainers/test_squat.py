@@ -147,6 +147,13 @@ TURNS = {
 }
 
 
+def orthogonal(sharp: dict[str, torch.Tensor], plain: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What of `sharp` has no share in `plain`, both as one long vector."""
+    share = sum((s.double() * plain[n].double()).sum() for n, s in sharp.items())
+    share = share / sum(g.double().square().sum() for g in plain.values())
+    return {name: (s - share * plain[name]).float() for name, s in sharp.items()}
+
+
 @functools.cache
 def expected_of(alternate: str) -> dict[str, torch.Tensor]:
     return reference(model(), TURNS[alternate], rho=0.5).state_dict()
@@ -212,6 +219,57 @@ class TestTheSteps:
         start = copy.deepcopy(model().state_dict())
         assert_same_movement(found["model"], expected_of(alternate), start)
         assert packed_layers(tmp_path / "packed") > 10
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize(("parts", "options"), [(2, {}), (1, {"adaptive": True}), (2, {"perturb": "latent"})])
+    def test_of_a_sharded_model_are_those_of_a_plain_loop(self, tmp_path, parts, options):
+        """FSDP2, which transformers shards a model with while it loads."""
+        model().save_pretrained(tmp_path / "whole")
+        launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+        batches = {"per_device_train_batch_size": 4 // parts, "gradient_accumulation_steps": parts}
+        fields = {"max_steps": 3, "rho": 0.5, "alternate": "step", **options, **BY_HAND, **RATES, **batches}
+        arguments = [str(tmp_path / "whole"), str(tmp_path), str(tmp_path / "out.pt"), json.dumps(fields)]
+        finish([sys.executable, *launcher, str(SCRIPT.with_name("squat_fsdp_run.py")), *arguments])
+        found = torch.load(tmp_path / "out.pt")
+        assert found["world"] == 2
+        assert {name for name, p in model().named_parameters() if p.is_floating_point()} <= set(found["sharded"])
+        expected = reference(model(), TURNS["step"], rho=0.5, **options)
+        assert_same_movement(found["model"], expected.state_dict(), model().state_dict())
+        one = trainer(tmp_path / "one", **{**fields, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1})
+        one.train()
+        for figure in ("loss", "sharpness", "scale_drift", "clipped"):
+            assert found["figures"][-1][figure] == pytest.approx(losses(one)[-1][figure], rel=1e-4)
+        trained = model()
+        trained.load_state_dict(found["model"])
+        assert packed_layers(tmp_path / "packed", trained) > 10
+
+    @pytest.mark.parametrize("alternate", ["batch", "none"])
+    def test_reuse_a_climb(self, tmp_path, alternate):
+        """LookSAM, of the formula: the second sharpness-aware step takes no climb of its own."""
+        of, turn = model(), {"batch": ["weights", "step sizes", "weights"], "none": ["both"] * 2}[alternate]
+        start = copy.deepcopy(of.state_dict())
+        reference(of, turn[:-1], rho=0.5)
+        first, last = samples()[:8], samples()[8 * len(turn) - 8 : 8 * len(turn)]
+        other = model().eval()
+        at_weights = gradients(other, first)
+        moved = reference(model(), ["both"], rho=0.5).state_dict()
+        weights = [name for name in at_weights if name not in step_sizes(of)]
+        sharp = {name: (start[name] - moved[name]) / 0.5 for name in weights}
+        kept = orthogonal(sharp, {name: at_weights[name] for name in weights})
+        found = gradients(of, last)
+        size, length = (sum(g[n].double().square().sum() for n in weights).sqrt() for g in (found, kept))
+        with torch.no_grad():
+            for name, g in found.items():
+                p = of.get_parameter(name)
+                if name in weights:
+                    p.sub_(0.5 * (g + 0.7 * size / length * kept[name]))
+                elif alternate == "none":
+                    p.copy_(torch.maximum(p - 0.5 * gradient_scale(of, name) * g, p / 2))
+        run = trainer(tmp_path, max_steps=len(turn), rho=0.5, alternate=alternate, climb_every=2, **BY_HAND, **RATES)
+        run.train()
+        assert_same_movement(run.model.state_dict(), of.state_dict(), start, close=1e-4)
+        climbed = [False, False] if alternate == "batch" else [False]
+        assert ["sharp_loss" in entry for entry in losses(run)] == [True, *climbed]
 
     def test_of_epochs_alternate(self, tmp_path):
         """48 samples are 6 steps."""
@@ -297,6 +355,34 @@ class TestTheSteps:
         again.train(resume_from_checkpoint=True)
         assert again.state.global_step == 6
 
+    @pytest.mark.parametrize("clipping", [1.0, 0.0])
+    def test_stop_at_a_gradient_that_is_not_finite(self, tmp_path, clipping):
+        run = trainer(tmp_path, rho=0.0, max_grad_norm=clipping)
+        start = {}
+
+        def spoil(gradient):
+            if run.state.global_step == 2:
+                start.update(copy.deepcopy(run.model.state_dict()))
+                return gradient * torch.nan
+            return gradient
+
+        run.model.classifier.weight.register_hook(spoil)
+        with pytest.raises(FloatingPointError, match="norm of the gradient became nan at step 3 of 6; .* of step 2"):
+            run.train()
+        assert different(run.model.state_dict(), start) == []
+
+    def test_a_step_size_that_is_pushed_down_for_ever_stays_usable(self, tmp_path):
+        run = trainer(tmp_path, max_steps=1)
+        optimizer, scales = run.create_optimizer(), list(step_sizes(run.model).values())
+        tiny = scales[0].detach().fill_(1e-9).clone()
+        for _ in range(200):
+            for p in scales:
+                p.grad = torch.ones_like(p)
+            optimizer.step()
+        assert torch.equal(scales[0], tiny)
+        assert all((p == torch.finfo(torch.float32).eps).all() for p in scales[1:])
+        assert torch.isfinite(run.model(**{k: v[None] for k, v in samples()[0].items()}).loss)
+
 
 class TestTheTeacher:
     def test_is_followed(self, tmp_path):
@@ -361,6 +447,13 @@ class TestTheOptimizer:
         assert run.optimizer.optimizer is optimizer
         assert all((p > 0).all() for p in step_sizes(start).values())
 
+    def test_of_the_user_for_a_sharded_model_is_refused(self, tmp_path, monkeypatch):
+        start = model()
+        monkeypatch.setattr(type(start), "is_distributed_loading_by_transformers", True, raising=False)
+        optimizer = torch.optim.SGD([*start.parameters()], lr=0.1)
+        with pytest.raises(ValueError, match="an optimizer for a model that is sharded does not go with SQuATTrainer"):
+            SQuATTrainer(start, SQuATArguments(str(tmp_path), **PLAIN), optimizers=(optimizer, None))
+
     def test_with_groups_of_its_own_is_refused(self, tmp_path):
         run = trainer(tmp_path)
         run.optimizer_cls_and_kwargs = (torch.optim.SGD, {"lr": 0.1, "params": []})
@@ -372,6 +465,7 @@ class TestResuming:
     @pytest.mark.parametrize("alternate", ["batch", pytest.param("epoch", marks=pytest.mark.slow)])
     def test_is_exact(self, tmp_path, alternate):
         options = {**SAVED, "rho": 0.1, "alternate": alternate, "gradient_accumulation_steps": 2, "max_steps": 8}
+        options |= {"climb_every": 2} if alternate == "batch" else {}
         whole = trainer(tmp_path, model(static=True, dropout=0.2), **options)
         whole.train()
         for step in (2, 6) if alternate == "epoch" else (2,):
@@ -485,6 +579,8 @@ class TestArguments:
             ({"perturb": "all"}, "perturb='all' is unknown"),
             ({"alternate": "often"}, "alternate='often' is unknown; use one of"),
             ({"scale_learning_rate": 0.0}, "scale_learning_rate=0.0 is not allowed"),
+            ({"climb_every": 0}, "climb_every=0 is no count of steps"),
+            ({"reuse_weight": -1.0}, "reuse_weight=-1.0 is not allowed"),
             ({"distillation": 2.0}, "distillation=2.0 is no share"),
         ],
         ids=lambda v: str(v)[:30],
@@ -498,7 +594,7 @@ class TestArguments:
         ("name", "value", "message"),
         [
             ("deepspeed", {"zero_optimization": {"stage": 2}}, "deepspeed=.*never whole; use DDP"),
-            ("fsdp", True, "fsdp=True does not go with SQuATTrainer"),
+            ("fsdp", True, "fsdp=True does not go with SQuATTrainer; load the model with distributed_config"),
             ("fp16", True, "fp16=True does not go with SQuATTrainer; use bf16=True"),
             ("_n_gpu", 2, "one process for 2 GPUs does not go with SQuATTrainer; start one process a GPU"),
         ],
