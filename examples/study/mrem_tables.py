@@ -11,6 +11,7 @@ Rows = dict[str, dict[str, Any]]
 MAIN = ("w2a8e4-row", "w2a8e2-row", "w2a8e4-tensor", "w2a8e2-tensor")
 WRITERS = ("w3a8e8-row", "w4a8e8-row")
 SEEDS = (0, 1, 2)
+MEMORY = (0, 1, 2, 3, 6, 12)  # stages; 0: QAT of the whole model
 FORCING, STAGES, SAMPLES = (0.0, 0.5, 1.0), (1, 2, 6), (64, 256, 4096)
 METHODS = {
     "rounding": "rounding",
@@ -25,7 +26,7 @@ METHODS = {
 
 def all_tables(rows: Rows) -> dict[str, str]:
     """Every table by name, as Markdown."""
-    makers: Sequence[Callable[[Rows], str]] = (checks, sst2, wikitext, curves, circumstances)
+    makers: Sequence[Callable[[Rows], str]] = (checks, sst2, wikitext, curves, memory, circumstances)
     return {maker.__name__: maker(rows) for maker in makers}
 
 
@@ -80,6 +81,17 @@ def curves(rows: Rows) -> str:
         if cells := cells_of(rows, "sst2", method, scheme):
             found.append([title, str(len(cells)), *_figures(cells)])
     return markdown(["what", "seeds", "KL on test", "agreement on test, %", "dev accuracy, %", "CPU s"], found)
+
+
+def memory(rows: Rows) -> str:
+    """Peak memory of a random model of 12 blocks, above that of the process without it."""
+    cells = {count: row for count in MEMORY if (row := rows.get(f"memory/stages={count}/w2a8e4-row/0"))}
+    found = []
+    for count, row in cells.items():
+        title = f"MREM-S, {count} stage{'s' if count > 1 else ''}" if count else "QAT of the whole model"
+        share = f"{row['peak_bytes'] / cells[0]['peak_bytes']:.2f}" if 0 in cells else ""
+        found.append([title, f"{row['peak_bytes'] / row['parameters']:.1f}", f"{row['peak_bytes'] / 2**20:.0f}", share])
+    return markdown(["training", "bytes a parameter", "MiB", "of QAT's"], found)
 
 
 def checks(rows: Rows) -> str:
