@@ -34,7 +34,7 @@ def measure(stages: int) -> dict[str, Any]:
     ids = torch.randint(1000, (8, 4, 16))
     batches = [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in ids]
     options = {"weight_bits": 2, "embedding_bits": 4, "ranges": "minmax", "autocast": "float32", "steps": 2}
-    options |= {"start": "rounding"}  # compensating takes less memory than training, and most of the time
+    options |= {"start": "rounding"}  # compensation is most of the time, and is left out
     config, before = MREMConfig(**options, stages=stages or None), peak()
     model = BertForSequenceClassification(BertConfig(**_SIZES)).eval()
     parameters = sum(p.numel() for p in model.parameters())
