@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ..layers.common import SCALES
 from ..surgery import low_bit_layers
+from .activations import Activations, Kept
 from .compensation import CompensationSettings, check_compensable, compensate_units
 from .minimax import keep_positive, warm_cosine
 from .replay import Replay, units
@@ -51,6 +52,7 @@ class ReconstructionSettings:
         start (`str`): "compensated": before a stage is trained, its codes are made to make up for each other's errors
             (`compensation.py`); "rounding": each weight is rounded on its own.
         start_batches (`int`): batches that "compensated" looks at, spread evenly over all.
+        cache (`int`, *optional*): bytes of activations that MREM-S holds in memory, the rest lie on disk; None: all.
         seed (`int`): of the order of the batches.
         queue (`int`): MREM-P's t0: batches that fill each queue before training begins, and how many steps behind a stage's
             inputs are then.
@@ -71,6 +73,7 @@ class ReconstructionSettings:
     autocast: torch.dtype | None = None
     start: str = "compensated"
     start_batches: int = 8
+    cache: int | None = None
     seed: int = 0
     queue: int = 8
     forcing: float = 0.5
@@ -84,6 +87,8 @@ class ReconstructionSettings:
             value = getattr(self, name)
             if not (isinstance(value, int | float) and 0.0 < value < math.inf):
                 raise ValueError(f"{name}={value!r} is not allowed; use a number above 0")
+        if self.cache is not None and (not isinstance(self.cache, int) or self.cache < 0):
+            raise ValueError(f"cache={self.cache!r} is no number of bytes; use an integer of at least 0, or None for all")
         if not (isinstance(self.output_weight, int | float) and 0.0 <= self.output_weight < math.inf):
             raise ValueError(f"output_weight={self.output_weight!r} is not allowed; use a number of at least 0")
         if not (isinstance(self.forcing, int | float) and 0.0 <= self.forcing <= 1.0):
@@ -309,34 +314,45 @@ class SequentialReconstruction:
 
     def steps(self) -> Iterator[tuple[Stage, float]]:
         """Train what is left; yields each stage and its error, step by step."""
-        known: list[tuple[Memory, Memory]] = [({}, {})] * len(self.batches)
+        store = Activations(self.settings.cache)
+        nothing = store.keep({})
+        known: list[tuple[Kept, Kept]] = [(nothing, nothing)] * len(self.batches)
         for stage in self.stages:
-            ran = [self._run(self.teacher, stage, i, known[i][0]) for i in range(len(self.batches))]
+            wanted, teachers = self._float_outputs(stage, [teacher for teacher, _ in known], store)
             if stage.index < len(self._finished):
                 load_tensors(self.student, self._finished[stage.index])
             else:
-                wanted = [wanted_states(states, stage, self.settings) for states, _ in ran]
                 self._start(stage, known)
                 yield from self._train(stage, [student for _, student in known], wanted)
+            del wanted
             if not stage.last:
-                students = [self._run(self.student, stage, i, known[i][1])[1] for i in range(len(self.batches))]
-                known = [(teacher, student) for (_, teacher), student in zip(ran, students, strict=True)]
+                students = []
+                for i, (_, memory) in enumerate(known):
+                    students.append(store.keep(self._run(self.student, stage, i, memory.get())[1]))
+                known = list(zip(teachers, students, strict=True))
 
-    def _start(self, stage: Stage, known: list[tuple[Memory, Memory]]) -> None:
+    def _float_outputs(self, stage: Stage, known: list[Kept], store: Activations) -> tuple[list[Kept], list[Kept]]:
+        """What the float stage returns for each batch: what is to be learned, and what the next float stage is given."""
+        wanted, teachers = [], []
+        for i, memory in enumerate(known):
+            states, following = self._run(self.teacher, stage, i, memory.get())
+            wanted.append(store.keep(wanted_states(states, stage, self.settings)))
+            teachers.append(store.keep(following))
+        return wanted, teachers
+
+    def _start(self, stage: Stage, known: list[tuple[Kept, Kept]]) -> None:
         if self.settings.start == "compensated":
             chosen = start_batches(len(self.batches), self.settings)
-            batches, memories = [self.batches[i] for i in chosen], [known[i] for i in chosen]
-            compensate_stage(self.teacher, self.student, stage, batches, memories)
+            memories = [(known[i][0].get(), known[i][1].get()) for i in chosen]
+            compensate_stage(self.teacher, self.student, stage, [self.batches[i] for i in chosen], memories)
 
-    def _train(
-        self, stage: Stage, memories: list[Memory], wanted: list[dict[str, Tensor]]
-    ) -> Iterator[tuple[Stage, float]]:
+    def _train(self, stage: Stage, memories: list[Kept], wanted: list[Kept]) -> Iterator[tuple[Stage, float]]:
         training = StageTraining(self.student, stage, self.settings)
         order = batch_order(len(self.batches), self.settings.seed)
         losses: list[float] = []
         self.resumable = False
         for i in order:
-            losses.append(training.step(self.batches[i], memories[i], wanted[i])[0])
+            losses.append(training.step(self.batches[i], memories[i].get(), wanted[i].get())[0])
             if training.done == self.settings.steps:
                 break
             yield stage, losses[-1]

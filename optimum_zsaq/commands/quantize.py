@@ -1,5 +1,6 @@
 """`optimum-cli zsaq quantize`: load a model in low bits and save it."""
 
+import os
 import shutil
 import tempfile
 import time
@@ -102,6 +103,8 @@ class QuantizeCommand(Command):
             return _plan(args, config)
         start = time.perf_counter()
         model = _load(args, config)
+        if int(os.environ.get("RANK", "0")):  # of all processes under a launcher the first saves
+            return {"saved": False}
         args.output.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=f".{args.output.name}-", dir=args.output.parent))
         try:
@@ -117,6 +120,7 @@ class QuantizeCommand(Command):
         """One line a fact, what to type next, and what training won."""
         if "plan" in result:
             _show_plan(result["plan"])
+        if "output" not in result:
             return
         sizes = result["bytes"]
         print(f"{result['layers']} layers in low bits, {result['seconds']:.1f} s")
@@ -131,7 +135,7 @@ class QuantizeCommand(Command):
 
     def left(self, args: Namespace) -> str:
         """What an interrupted command leaves behind, for people."""
-        if args.state is None or not Path(args.state).exists():
+        if args.state is None or not any(Path(args.state).parent.glob(f"{Path(args.state).name}*")):
             return super().left(args)
         return f"the training is kept in {args.state}, run the same command again to go on"
 

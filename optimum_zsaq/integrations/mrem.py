@@ -27,9 +27,10 @@ _OWN = {
     "start_samples": 256,
     "autocast": "auto",
     "state": None,
+    "cache_limit": None,
     "timeout": 600.0,
 }
-_NOT_STORED = ("state", "timeout")
+_NOT_STORED = ("state", "cache_limit", "timeout")
 
 
 class MREMConfig(LowBitConfig):
@@ -59,6 +60,8 @@ class MREMConfig(LowBitConfig):
         state (`str`, *optional*): file that finished stages (with `parallel`: all stages, every 25 steps) are kept in; a
             run that was interrupted and is started again with it goes on, bit for bit. It is removed at the end. Not
             stored.
+        cache_limit (`float`, *optional*): GiB of activations that MREM-S keeps in memory, what is more lies in a temporary
+            folder; None: all in memory. Not stored.
         timeout (`float`): seconds that a process waits for another one before it gives up. Not stored.
         seed (`int`): of the order of the batches, and of the generator.
         **fields: those of `LowBitConfig`.
@@ -89,6 +92,9 @@ class MREMConfig(LowBitConfig):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}={value!r} is no count; use an integer of at least 1")
+        limit = self.cache_limit
+        if limit is not None and not (isinstance(limit, int | float) and 0.0 <= limit < math.inf):
+            raise ValueError(f"cache_limit={limit!r} is not allowed; use a number of GiB of at least 0, or None")
         if not (isinstance(self.timeout, int | float) and 0.0 < self.timeout < math.inf):
             raise ValueError(f"timeout={self.timeout!r} is not allowed; use a number of seconds above 0")
         self.settings(1 if self.stages is None else self.stages)
@@ -108,7 +114,8 @@ class MREMConfig(LowBitConfig):
         """What `algorithms/reconstruction.py` is given, for a model cut into that many stages."""
         batches = -(-self.start_samples // self.batch_size)
         own = {name: getattr(self, name) for name in _SETTINGS}
-        return ReconstructionSettings(stages=stages, start_batches=batches, seed=self.seed, **own)
+        cache = None if self.cache_limit is None else int(self.cache_limit * 2**30)
+        return ReconstructionSettings(stages=stages, start_batches=batches, cache=cache, seed=self.seed, **own)
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON that is stored."""

@@ -334,6 +334,16 @@ class TestSequential:
             students.append(student)
         assert equal(state(students[0]), state(students[1]))
 
+    @pytest.mark.parametrize("cache", [0, 2000])
+    def test_activations_on_disk_change_nothing(self, cache):
+        students = []
+        for limit in (None, cache):
+            teacher, student, batches = family("t5-tied")
+            settings = ReconstructionSettings(**{**QUICK, "stages": 3, "start": "compensated"}, cache=limit)
+            advance(SequentialReconstruction(teacher, student, batches, settings))
+            students.append(student)
+        assert equal(state(students[0]), state(students[1]))
+
     def test_goes_on_after_a_stage_bit_for_bit(self):
         settings = ReconstructionSettings(**{**QUICK, "stages": 4})
         teacher, student = toys()
@@ -491,6 +501,7 @@ class TestRefused:
             ("targets", "first"),
             ("start", "nowhere"),
             ("start_batches", 0),
+            ("cache", -1),
         ],
     )
     def test_settings(self, field, value):

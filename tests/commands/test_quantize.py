@@ -311,6 +311,13 @@ class TestReconstruction:
         assert cli(monkeypatch, "quantize", *options) == 0
         assert capsys.readouterr().out.strip().splitlines()[-1].startswith("8 sequences (generated token sequences), ")
 
+    def test_only_the_first_process_saves(self, monkeypatch, capsys, bert, texts, tmp_path):
+        monkeypatch.setenv("RANK", "1")
+        options = ["--model", bert, "--output", tmp_path / "out", *self.OPTIONS, "--calibration-data", texts]
+        assert cli(monkeypatch, "quantize", *options) == 0
+        assert capsys.readouterr().out == ""
+        assert not (tmp_path / "out").exists()
+
     def test_options_of_another_algorithm(self, monkeypatch, capsys, bert, tmp_path):
         options = ["--model", bert, "--output", tmp_path / "out", *self.OPTIONS, "--rho", 0.1]
         assert cli(monkeypatch, "quantize", *options) != 0

@@ -108,6 +108,11 @@ class TestTheResult:
         with torch.no_grad():
             assert same(load("bert-cls"), expected)
 
+    def test_activations_on_disk_change_nothing(self, load):
+        model = load("bert-cls", cache_limit=0.0)
+        assert same(model, load("bert-cls"))
+        assert "cache_limit" not in model.config.quantization_config.to_dict()
+
     def test_ternary(self, load):
         model = load("bert-cls", ranges="ternary", start="rounding")
         assert logits(model).isfinite().all()
@@ -250,6 +255,8 @@ class TestRefused:
             ("start_samples", 1.5),
             ("sequence_length", 2),
             ("queue", 0),
+            ("cache_limit", -1.0),
+            ("timeout", 0.0),
             ("forcing", 2.0),
             ("targets", "none"),
             ("start", "gptq"),
