@@ -57,7 +57,7 @@ def outlier_cell(task: str, method: str, scheme: str, seed: int) -> Cell:
 
 def cells() -> list[Cell]:
     """The deciding cells first, then the other methods and W3, then criteria, shares and seeds."""
-    found = [outlier_cell(task, method, "w4a8e4", 0) for method in DECIDING for task in TASKS]
+    found = [outlier_cell(task, method, "w4a8e4", 0) for task in TASKS for method in DECIDING]
     for scheme in SCHEMES:
         found += [outlier_cell(task, method, scheme, 0) for task in TASKS for method in METHODS]
     for scheme in SCHEMES:
