@@ -29,11 +29,11 @@ TASKS = ("sst2", "cola")
 SEEDS = (0, 1, 2)
 LORA_RANK = 6  # on query and value: 55,296 values, those of 0.5 % of the Linear weights are 53,822
 RATES = {
-    "outlier": (1e-3, 3e-3, 1e-2),
-    "lora": (3e-4, 1e-3, 3e-3),
-    "bitfit": (1e-3, 3e-3, 1e-2),
-    "head": (1e-3, 3e-3, 1e-2),
-    "full": (5e-5, 1e-4, 2e-4),
+    "outlier": (3e-3, 1e-2, 3e-2),
+    "lora": (1e-3, 3e-3, 1e-2),
+    "bitfit": (3e-3, 1e-2, 3e-2),
+    "head": (3e-3, 1e-2, 3e-2),
+    "full": (1e-4, 2e-4, 5e-4),
 }
 DECIDING = ("outliers", "random", "full", "lora")
 METHODS = ("outliers", "random", "lora", "full", "bitfit", "outliers-zero", "head")
