@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 
-SHARE, PAIRS, TRAIN_PAIRS, MEMORY_STEPS = 0.005, {(8, 128): 9, (1, 1): 60}, 5, 3
+SHARE, PAIRS, TRAIN_PAIRS, MEMORY_STEPS = 0.005, {(8, 128): 5, (1, 1): 40}, 3, 2
 KINDS = ("adapter", "full")
 
 

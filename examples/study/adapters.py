@@ -29,11 +29,11 @@ TASKS = ("sst2", "cola")
 SEEDS = (0, 1, 2)
 LORA_RANK = 6  # on query and value: 55,296 values, those of 0.5 % of the Linear weights are 53,822
 RATES = {
-    "outlier": (1e-3, 3e-3, 1e-2),
-    "lora": (3e-4, 1e-3, 3e-3),
-    "bitfit": (1e-3, 3e-3, 1e-2),
-    "head": (1e-3, 3e-3, 1e-2),
-    "full": (5e-5, 1e-4, 2e-4),
+    "outlier": (3e-3, 1e-2, 3e-2),
+    "lora": (1e-3, 3e-3, 1e-2),
+    "bitfit": (3e-3, 1e-2, 3e-2),
+    "head": (3e-3, 1e-2, 3e-2),
+    "full": (1e-4, 2e-4, 5e-4),
 }
 DECIDING = ("outliers", "random", "full", "lora")
 METHODS = ("outliers", "random", "lora", "full", "bitfit", "outliers-zero", "head")
@@ -57,7 +57,7 @@ def outlier_cell(task: str, method: str, scheme: str, seed: int) -> Cell:
 
 def cells() -> list[Cell]:
     """The deciding cells first, then the other methods and W3, then criteria, shares and seeds."""
-    found = [outlier_cell(task, method, "w4a8e4", 0) for method in DECIDING for task in TASKS]
+    found = [outlier_cell(task, method, "w4a8e4", 0) for task in TASKS for method in DECIDING]
     for scheme in SCHEMES:
         found += [outlier_cell(task, method, scheme, 0) for task in TASKS for method in METHODS]
     for scheme in SCHEMES:

@@ -55,7 +55,6 @@ class OutlierLinear(nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self._before_merges: list[list[tuple[Tensor, tuple, Tensor]]] = []
         self._unions: dict[tuple[str, ...], tuple] = {}
-        self._sums: dict[tuple[str, ...], tuple] = {}
 
     def _adapter(self, kind: str) -> Any:
         return getattr(self, kind)
@@ -140,15 +139,7 @@ class OutlierLinear(nn.Module, BaseTunerLayer):
         positions, where = self._union(names, stored)
         if not len(positions):
             return None
-        gradient = torch.is_grad_enabled() and any(part.requires_grad for part in parts)
-        if gradient or torch.compiler.is_compiling():
-            return positions, sum_at_positions(parts, where, len(positions))
-        wanted, kept = [stamp(part) for part in (positions, *parts)], self._sums.get(names)
-        if kept is None or kept[0] != wanted:
-            with torch.inference_mode(False), torch.no_grad():
-                total = sum_at_positions(parts, where, len(positions))
-            kept = self._sums[names] = (wanted, total, parts)  # the parts, so that no other tensor gets their stamps
-        return positions, kept[1]
+        return positions, sum_at_positions(parts, where, len(positions))  # not kept: a write to `.data` would not be seen
 
     def _union(self, names: tuple[str, ...], stored: tuple[Tensor, Tensor] | None) -> tuple[Tensor, list[Tensor | None]]:
         """The positions of adapters, and of the base's outliers, and where each one's are among them."""
@@ -162,6 +153,7 @@ class OutlierLinear(nn.Module, BaseTunerLayer):
             for name in names:
                 self._check_positions(name)
             with torch.inference_mode(False):
+                # with the parts, so that no other tensor gets their stamps
                 kept = self._unions[names] = (wanted, union_of_positions(parts), parts)
         return kept[1]
 
@@ -209,7 +201,7 @@ class OutlierLinear(nn.Module, BaseTunerLayer):
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles start without what is kept between calls."""
-        return {**self.__dict__, "_unions": {}, "_sums": {}}
+        return {**self.__dict__, "_unions": {}}
 
     # Merging -----------------------------------------------------------------------------------------------------------
 
@@ -218,12 +210,11 @@ class OutlierLinear(nn.Module, BaseTunerLayer):
         """Add adapters to the weight and bias of a float layer; `unmerge` restores them bit for bit.
 
         Raises:
-            TypeError: the layer is low-bit.
-            ValueError: with `safe_merge`, the sum is not finite.
+            ValueError: the layer is low-bit, or with `safe_merge` the sum is not finite.
         """
         base = self.get_base_layer()
         if isinstance(base, LowBitLayer):
-            raise TypeError(NO_MERGE)
+            raise ValueError(NO_MERGE)
         for name in check_adapters_to_merge(self, adapter_names):
             if name not in self._adapter(VALUES):
                 continue

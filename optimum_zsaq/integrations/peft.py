@@ -157,11 +157,11 @@ class OutlierModel(BaseTuner):
         """Before anything is changed.
 
         Raises:
-            TypeError: a layer is low-bit.
+            ValueError: a layer is low-bit.
         """
         super()._check_merge_allowed()
         if any(isinstance(layer.get_base_layer(), LowBitLayer) for _, layer in self._layers()):
-            raise TypeError(NO_MERGE)
+            raise ValueError(NO_MERGE)
 
     def _layers(self) -> list[tuple[str, OutlierLinear]]:
         return [(name, module) for name, module in self.model.named_modules() if isinstance(module, OutlierLinear)]

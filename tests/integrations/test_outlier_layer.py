@@ -284,6 +284,55 @@ class TestMerging:
         base = base_model(kind, "bert-cls", tmp_path)
         model = randomized(get_peft_model(base, OutlierConfig(fraction=0.03, train_norms=True)))
         expected = logits(model)
-        with pytest.raises(TypeError, match="cannot be merged into integer codes .*store_and_unload()"):
+        with pytest.raises(ValueError, match="cannot be merged into integer codes .*store_and_unload()"):
             getattr(model, method)()
         assert torch.equal(logits(model), expected)
+
+
+class TestWhatIsKept:
+    @pytest.mark.parametrize("kind", ["packed", "packed-without", "float"])
+    def test_a_second_call_works_nothing_out_again(self, kind, tmp_path, monkeypatch):
+        model = randomized(get_peft_model(base_model(kind, "bert-cls", tmp_path), config(criterion="random")))
+        expected = logits(model)
+        monkeypatch.setattr("optimum_zsaq.integrations.outlier_layer.union_of_positions", None)
+        monkeypatch.setattr("optimum_zsaq.kernels.sparse._structure", None)
+        assert torch.equal(logits(model), expected)
+
+    @pytest.mark.parametrize("kind", ["packed", "packed-without", "float"])
+    def test_writes_to_values_and_positions_are_seen(self, kind, tmp_path):
+        model = randomized(get_peft_model(base_model(kind, "bert-cls", tmp_path), config(criterion="random")))
+        before = logits(model)
+        for layer in layers(model).values():
+            layer.get_parameter(f"{VALUES}.default").data.mul_(2.0)
+        doubled = logits(model)
+        assert torch.equal(logits(copy.deepcopy(model)), doubled)
+        assert not torch.equal(doubled, before)
+        for layer in layers(model).values():
+            positions = getattr(layer, POSITIONS)["default"]
+            moved = torch.randperm(layer.in_features * layer.out_features)[: len(positions)]
+            positions.copy_(moved.sort().values.to(torch.int32))
+        moved = logits(model)
+        assert torch.equal(logits(copy.deepcopy(model)), moved)
+        assert not torch.equal(moved, doubled)
+
+    def test_under_inference_mode_first_and_in_training_then(self, tmp_path):
+        model = randomized(get_peft_model(base_model("packed-without", "bert-cls", tmp_path), config()))
+        with torch.inference_mode():
+            expected = model(**inputs(model))[0]
+        found = model(**inputs(model))[0]
+        assert torch.equal(found, expected)
+        found.sum().backward()
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("kind", ["packed", "float"])
+    def test_compiled(self, kind, tmp_path, fresh_graphs):
+        model = randomized(get_peft_model(base_model(kind, "bert-cls", tmp_path), config()))
+        expected = model(**inputs(model))[0]
+        expected.pow(2).mean().backward()
+        gradients = [p.grad.clone() for p in model.parameters() if p.requires_grad]
+        model.zero_grad()
+        found = torch.compile(model, fullgraph=True)(**inputs(model))[0]
+        assert relative_error(found, expected) < KERNEL_MODEL[torch.float32]
+        found.pow(2).mean().backward()
+        for one, other in zip(gradients, [p.grad for p in model.parameters() if p.requires_grad], strict=True):
+            assert relative_error(other, one) < 1e-3
