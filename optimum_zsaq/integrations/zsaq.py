@@ -15,8 +15,8 @@ SHORTEST = 5  # tokens of the shortest sequence, special ones included
 _MINIMAX = {
     "steps": 200,
     "batch_size": None,
-    "learning_rate": 1e-4,
-    "scale_learning_rate": 1e-4,
+    "learning_rate": None,
+    "scale_learning_rate": None,
     "generator_every": 0,
     "generator_learning_rate": 1e-3,
     "entropy": 0.1,
@@ -25,6 +25,7 @@ _MINIMAX = {
     "sharp_from": 0.0,
 }
 _TOKENS = {"batch_size": 2**10, "written_sequences": 2**16, "start_sequences": 2**14}  # what None stands for, in tokens
+_RATES = (1e-4, 3e-5)  # below 4 bits, and from there on
 _SHARPNESS = {"rho": 0.0, "adaptive": False, "perturb": "quantized"}
 _OWN = {
     "sequence_length": None,
@@ -44,7 +45,8 @@ class ZSAQConfig(LowBitConfig):
         steps (`int`): student steps.
         batch_size (`int`, *optional*): sequences a step; None: as many as make 1,024 tokens, if all were the longest.
         sequence_length (`int`, *optional*): tokens of the longest sequence; None: 128 for decoders, else 32.
-        learning_rate, scale_learning_rate (`float`): of the weights, and of the step sizes of weights and static inputs.
+        learning_rate, scale_learning_rate (`float`, *optional*): of the weights, and of the step sizes of weights and
+            static inputs; None: 1e-4 below 4 bits, where more is to be won, else 3e-5.
         generator: "noise": tokens drawn from a guess of how frequent each is; "teacher": what the model itself writes (a
             decoder), or answers to noise (an encoder-decoder model); the path or Hub id of a causal language model, or one
             in memory, which writes text; "auto": "teacher" where the model can write, else "noise"; or
@@ -108,7 +110,10 @@ class ZSAQConfig(LowBitConfig):
     def settings(self) -> MinimaxSettings:
         """What `algorithms/minimax.py` is given."""
         sharpness = SharpnessSettings(**{name: getattr(self, name) for name in _SHARPNESS})
-        given = {name: getattr(self, name) for name in _MINIMAX if name != "batch_size" or self.batch_size is not None}
+        given = {name: getattr(self, name) for name in _MINIMAX}
+        rate = _RATES[self.weight_bits >= 4]
+        usual = {"batch_size": MinimaxSettings.batch_size, "learning_rate": rate, "scale_learning_rate": rate}
+        given |= {name: value for name, value in usual.items() if given[name] is None}
         return MinimaxSettings(sharpness=sharpness, **given)
 
     def sized(self, longest: int) -> "ZSAQConfig":

@@ -30,7 +30,8 @@ _UNUSED = ("train_dataset", "compute_loss_func", "model_init")
 
 @dataclass
 class ZSAQArguments(TrainingArguments):
-    """`TrainingArguments` and what zero-shot training adds; the defaults are `ZSAQConfig`'s.
+    """`TrainingArguments` and what zero-shot training adds; defaults as in `ZSAQConfig`, whose rates below 4 bits
+    these are.
 
     A step takes per_device_train_batch_size * gradient_accumulation_steps sequences a process, which are drawn anew for
     each step: there are no epochs, max_steps is the length. Weights are float32; bf16 is the dtype of matmuls.
@@ -51,7 +52,7 @@ class ZSAQArguments(TrainingArguments):
     """
 
     max_steps: int = field(default=_DEFAULTS.steps, metadata={"help": "Student steps."})
-    learning_rate: float = field(default=_DEFAULTS.learning_rate, metadata={"help": "Of the weights."})
+    learning_rate: float = field(default=1e-4, metadata={"help": "Of the weights."})
     per_device_train_batch_size: int = field(default=32, metadata={"help": "Sequences drawn for a step and a device."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "The schedule of both learning rates."})
     warmup_steps: float = field(default=0.1, metadata={"help": "Steps of warm-up, or below 1 their share of all."})
@@ -59,7 +60,7 @@ class ZSAQArguments(TrainingArguments):
     adaptive: bool = field(default=_DEFAULTS.adaptive, metadata={"help": "ASAM instead of SAM."})
     perturb: str = field(default=_DEFAULTS.perturb, metadata={"help": "'quantized' or 'latent' weights are perturbed."})
     sharp_from: float = field(default=_DEFAULTS.sharp_from, metadata={"help": "Share of the steps before SAM begins."})
-    scale_learning_rate: float = field(default=_DEFAULTS.scale_learning_rate, metadata={"help": "Of the step sizes."})
+    scale_learning_rate: float = field(default=1e-4, metadata={"help": "Of the step sizes."})
     generator_every: int = field(
         default=_DEFAULTS.generator_every, metadata={"help": "Student steps for a step of the generator; 0: none."}
     )
