@@ -12,7 +12,7 @@ one process; `pipeline.py` gives them processes of their own.
 """
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +30,7 @@ from .reconstruction import (
     start_batches,
     wanted_states,
 )
-from .stages import Memory, Stage, cut, run_stage
+from .stages import Memory, Stage, cut, read_by_later, run_stage
 
 
 @dataclass
@@ -50,6 +50,7 @@ class StageWorker:
         stage (`Stage`): which.
         batches (`Sequence[dict]`): all of them.
         settings (`ReconstructionSettings`): how.
+        frozen (`Container[str]`): names of Parameters that are not trained.
     """
 
     def __init__(
@@ -59,10 +60,11 @@ class StageWorker:
         stage: Stage,
         batches: Sequence[Batch],
         settings: ReconstructionSettings,
+        frozen: Container[str] = (),
     ):
         self.teacher, self.student, self.stage = teacher, student, stage
         self.batches, self.settings = batches, settings
-        self.training = StageTraining(student, stage, settings)
+        self.training = StageTraining(student, stage, settings, frozen)
         self.losses: list[float] = []
 
     @torch.no_grad()
@@ -110,6 +112,9 @@ def mix(teacher: Memory, student: Memory, share: float) -> Memory:
 class ParallelReconstruction:
     """MREM-P in one process: the stages take turns, one step each.
 
+    What several stages read, such as a table that a head shares, is not trained: on processes of their own, the others
+    would not see it change.
+
     Args:
         teacher (`nn.Module`): the float model; it shares no Parameter with the student.
         student (`nn.Module`): its fake-quantized copy, trained in place.
@@ -126,7 +131,8 @@ class ParallelReconstruction:
             raise ValueError("teacher and student share weights; make the student from copy.deepcopy(teacher)")
         self.teacher, self.student, self.batches, self.settings = teacher, student, batches, settings
         self.stages = cut(student, batches[0], settings.stages)
-        self.workers = [StageWorker(teacher, student, stage, batches, settings) for stage in self.own_stages()]
+        frozen = read_by_later(student, self.stages, batches[0])
+        self.workers = [StageWorker(teacher, student, stage, batches, settings, frozen) for stage in self.own_stages()]
         self.queues: list[deque[Entry]] = [deque() for _ in self.workers]  # of each worker; the first stage has none
 
     def own_stages(self) -> list[Stage]:

@@ -9,7 +9,7 @@ after the other, each on the outputs of the quantized stages before it; `paralle
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -135,14 +135,15 @@ class StageTraining:
         student (`nn.Module`): fake-quantized, in evaluation mode, frozen.
         stage (`Stage`): whose Parameters are trained: weights, step sizes, scales of static inputs.
         settings (`ReconstructionSettings`): how.
+        frozen (`Container[str]`): names of Parameters that are not trained all the same.
     """
 
-    def __init__(self, student: nn.Module, stage: Stage, settings: ReconstructionSettings):
+    def __init__(self, student: nn.Module, stage: Stage, settings: ReconstructionSettings, frozen: Container[str] = ()):
         self.student, self.stage, self.settings = student, stage, settings
         layers = [layer for _, layer in low_bit_layers(student) if layer.owner is layer]
         kept = {id(m._parameters[n]) for m in layers for n in SCALES if m._parameters.get(n) is not None}
         scales = {id(p) for m in layers for p in (m.weight_scale, m.input_scale) if p is not None}
-        own = [student.get_parameter(name) for name in stage.parameters]
+        own = [student.get_parameter(name) for name in stage.parameters if name not in frozen]
         self.scales = [p for p in own if id(p) in scales]
         self.weights = [p for p in own if p.is_floating_point() and id(p) not in kept]
         self.optimizer, self.schedule = make_optimizer(self.weights, self.scales, settings)

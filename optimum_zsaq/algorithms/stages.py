@@ -7,7 +7,7 @@ memory and the pass ending after the stage's last block, so no architecture's wi
 what a decoder reads of an encoder are those of a whole pass.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -174,6 +174,35 @@ def _answers(order: list[str], straight: list[bool], end: int) -> dict[str, str]
         handed_on = i + 1 < end and straight[i + 1]
         answers[order[i]] = answers[order[i + 1]] if handed_on else order[i]
     return answers
+
+
+@torch.enable_grad()
+def read_by_later(model: nn.Module, stages: Sequence[Stage], batch: dict[str, Any]) -> set[str]:
+    """The Parameters of a stage that what a later stage is to learn depends on, by name, as gradients tell.
+
+    Such as a table that a head shares, or a norm after an encoder that every stage of the decoder reads.
+
+    Args:
+        model (`nn.Module`): fake-quantized or float, all its Parameters frozen.
+        stages (`Sequence[Stage]`): all of them.
+        batch (`dict`): what the model is called with.
+    """
+    found: set[str] = set()
+    memory: Memory = {}
+    earlier: dict[str, nn.Parameter] = {}
+    try:
+        for stage in stages:
+            states, memory = run_stage(model, stage, batch, memory)
+            learned = [state.sum() for state in states.values() if state.requires_grad]
+            if learned:
+                gradients = torch.autograd.grad(sum(learned), list(earlier.values()), allow_unused=True)
+                found |= {name for name, gradient in zip(earlier, gradients, strict=True) if gradient is not None}
+            own = {name: model.get_parameter(name) for name in stage.parameters}
+            earlier |= {name: p.requires_grad_(True) for name, p in own.items() if p.is_floating_point()}
+    finally:
+        for p in earlier.values():
+            p.requires_grad_(False)
+    return found
 
 
 def run_stage(model: nn.Module, stage: Stage, batch: dict[str, Any], memory: Memory) -> tuple[dict[str, Tensor], Memory]:

@@ -28,9 +28,9 @@ QUICK = {"steps": 12, "learning_rate": 1e-3, "scale_learning_rate": 1e-3, "stage
 
 def parts(name: str = "bert-cls") -> tuple:
     """Teacher, student, batches."""
-    teacher = make(name, num_hidden_layers=4)
+    teacher = make(name, **({"num_layers": 3} if name.startswith("t5") else {"num_hidden_layers": 4}))
     for p in teacher.parameters():
-        if p.dim() > 1:
+        if p.dim() > 1 and not name.startswith("t5"):
             p.data *= 6
     scheme = PreQuantConfig(weight_bits=2, embedding_bits=4).scheme()
     batches = [uncached_batch(teacher, {"input_ids": token_ids(seed=seed, length=9 + seed)}) for seed in range(5)]
@@ -40,9 +40,10 @@ def parts(name: str = "bert-cls") -> tuple:
 def reconstruct(timeout: float = 60.0, **options: Any) -> ParallelReconstruction:
     """A whole run, on the processes of torch.distributed if there are several."""
     stop, pause = options.pop("stop", (-1, 0)), options.pop("pause", (-1, 0, 0))
-    settings = ReconstructionSettings(**{**QUICK, **options})
     several = dist.is_initialized() and dist.get_world_size() > 1
-    run = PipelineReconstruction(*parts(), settings, timeout) if several else ParallelReconstruction(*parts(), settings)
+    models = parts(options.pop("model", "bert-cls"))
+    settings = ReconstructionSettings(**{**QUICK, **options})
+    run = PipelineReconstruction(*models, settings, timeout) if several else ParallelReconstruction(*models, settings)
     rank = dist.get_rank() if several else 0
     for stage, _ in run.steps():
         done = run.workers[0].training.done

@@ -56,7 +56,10 @@ def assert_equal(found: list[dict], expected) -> None:
         assert all(torch.equal(part["student"][name], value) for name, value in expected.student.state_dict().items())
 
 
-@pytest.mark.parametrize("options", [{}, {"stages": 4, "forcing": 0.0}, {"stages": 3, "queue": 20}], ids=str)
+OPTIONS = [{}, {"stages": 4, "forcing": 0.0}, {"stages": 3, "queue": 20}, {"model": "t5-tied", "stages": 4}]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_two_processes_equal_one(tmp_path, options):
     found = ended(tmp_path, started(tmp_path, 2, **options))
     assert len(found) == 2

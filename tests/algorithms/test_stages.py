@@ -7,7 +7,7 @@ import torch
 from tiny_models import make, token_ids
 from torch import nn
 
-from optimum_zsaq.algorithms.stages import cut, run_stage
+from optimum_zsaq.algorithms.stages import cut, read_by_later, run_stage
 from optimum_zsaq.integrations.data import uncached_batch
 from optimum_zsaq.integrations.models import register_models
 from optimum_zsaq.spec import QuantScheme, QuantSpec
@@ -140,6 +140,22 @@ class TestCutting:
         encoder, decoder = cut(model, padded_batch(model), 2)
         assert "encoder.final_layer_norm.weight" in decoder.parameters
         assert all(n.startswith(("encoder.", "shared.")) for n in encoder.parameters)
+
+    @pytest.mark.parametrize(
+        ("name", "count", "expected"),
+        [
+            ("bert-cls", 3, set()),
+            ("gpt2-tied", 2, {"transformer.wte.weight", "transformer.wte.weight_scale"}),
+            ("llama-tied", 1, set()),
+            ("t5-tied", 2, {"shared.weight", "shared.weight_scale"}),
+            ("t5-tied", 3, {"shared.weight", "shared.weight_scale", "encoder.final_layer_norm.weight"}),
+        ],
+    )
+    def test_what_later_stages_read(self, name, count, expected):
+        model = prepared(name).requires_grad_(False)
+        batch = padded_batch(model)
+        assert read_by_later(model, cut(model, batch, count), batch) == expected
+        assert not any(p.requires_grad for p in model.parameters())
 
     def test_gradients_never_leave_a_stage(self):
         model = prepared("t5-tied")
