@@ -60,7 +60,7 @@ def run_cell(cell: Cell, data: Path) -> dict[str, Any]:
     model = _load(folder, **{**fields(cell.scheme), **settings.pop("config", {})})
     run = trainer(model, train, data, seed=cell.seed, **{**RECIPE, "rho": RHO, **METHODS[cell.method], **settings})
     run.train()
-    last = next(entry for entry in reversed(run.state.log_history) if "loss" in entry)
+    last = next((entry for entry in reversed(run.state.log_history) if "loss" in entry), {})
     found = {
         "steps": run.state.global_step,
         "evaluations": run.state.global_step + run.climbs,

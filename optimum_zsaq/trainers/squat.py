@@ -166,8 +166,8 @@ class _SharpnessAware(PackedSaving):
         """The Trainer's; at the last micro-batch of a step, the gradients become those of the step's objective.
 
         Raises:
-            FloatingPointError: the loss is NaN or infinite. Nothing was changed by this step; nor is it by one whose gradient
-                is not finite, which is found before the optimizer's step.
+            FloatingPointError: the loss is NaN or infinite. Nothing was changed by this step; nor is it by one whose
+                gradient is not finite, which is found before the optimizer's step.
         """
         self._use_counts_that_count(inputs)
         part = _MicroBatch(inputs, num_items_in_batch, _random_state(self.args.device), self._ask_teacher(inputs))

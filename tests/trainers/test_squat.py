@@ -374,6 +374,8 @@ class TestTheSteps:
     def test_a_step_size_that_is_pushed_down_for_ever_stays_usable(self, tmp_path):
         run = trainer(tmp_path, max_steps=1)
         optimizer, scales = run.create_optimizer(), list(step_sizes(run.model).values())
+        for p in scales[1:]:
+            p.data.fill_(1e-3)
         tiny = scales[0].detach().fill_(1e-9).clone()
         for _ in range(200):
             for p in scales:
