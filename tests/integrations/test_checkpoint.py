@@ -267,7 +267,7 @@ EDITS = {
         lambda c: c["modules"]["exceptions"].update({"pooler.dense": c["modules"]["embedding"]}),
         "config and the weights disagree",
     ),
-    "algorithm": (_change(algorithm="magic"), r"algorithm='magic' is unknown.*\['none', 'prequant', .*\].*pip install"),
+    "algorithm": (_change(algorithm="magic"), r"algorithm='magic' is unknown.*'none', 'prequant', .*pip install"),
     "unknown field": (_change(weight_bit=4), "no field 'weight_bit'; did you mean 'weight_bits'"),
     "newer format": (_change(format_version=99), "format_version=99.*pip install --upgrade optimum-zsaq"),
     "format of another type": (_change(format_version="one"), "format_version='one'"),
