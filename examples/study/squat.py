@@ -17,6 +17,7 @@ from typing import Any
 
 from runner import Cell
 from squat_tables import SCHEMES, SEEDS, all_tables
+from zsaq import fields
 
 
 MODEL = "models/all-MiniLM-L6-v2"
@@ -68,15 +69,6 @@ def run_cell(cell: Cell, data: Path) -> dict[str, Any]:
         **{name: last[name] for name in ("loss", "sharpness", "scale_drift", "clipped") if name in last},
     }
     return {**_measured(run.model, dev, data), **found, "radii": sharpness(run.model, dev[:_SHARP], data)}
-
-
-def fields(scheme: str) -> dict[str, Any]:
-    """The config of "w2a8e2-row"."""
-    widths, granularity = scheme.split("-")
-    weight, rest = widths[1:].split("a")
-    activation, embedding = rest.split("e")
-    bits = {"weight_bits": int(weight), "activation_bits": int(activation), "embedding_bits": int(embedding)}
-    return {**bits, "granularity": granularity}
 
 
 # Data ----------------------------------------------------------------------------------------------------------------
