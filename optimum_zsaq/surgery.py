@@ -112,7 +112,8 @@ def _check_tied(model: nn.Module, name: str, owner: str, skip: tuple[str, ...]) 
 def prepare(model: nn.Module, scheme: QuantScheme, ranges: str = "mse") -> nn.Module:
     """Make the selected layers fake-quantized, in place, with ranges found from their weights.
 
-    Layers that are fake-quantized already keep their ranges, so a second call changes nothing.
+    Layers that are fake-quantized already keep their ranges, so a second call changes nothing. Weights on the device "meta"
+    have none: `find_layer_ranges` finds them when there are values.
 
     Args:
         model (`nn.Module`): a float model, or one that was prepared with the same scheme.
@@ -135,7 +136,8 @@ def prepare(model: nn.Module, scheme: QuantScheme, ranges: str = "mse") -> nn.Mo
     tied = reader_of(model).facts(model).tied
     float_layers = {name: model.get_submodule(name) for name in table}
     layers = {name: kind_of(old).fake.from_float(old, table[name]) for name, old in float_layers.items()}
-    find_layer_ranges({name: layer for name, layer in layers.items() if tied.get(name) not in table}, ranges)
+    own = {name: layer for name, layer in layers.items() if tied.get(name) not in table and not layer.weight.is_meta}
+    find_layer_ranges(own, ranges)
     swap(model, {name: lambda _, __, new=layer: new for name, layer in layers.items()}, table)
     reader_of(model).changed(model)
     return model

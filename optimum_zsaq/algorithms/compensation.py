@@ -85,7 +85,7 @@ def compensate(
         raise ValueError("no batch to compensate errors on; give at least one")
     check_compensable(student)
     replays = Replay(teacher, batches), Replay(student, batches)
-    compensate_units(replays, units(student, batches[0]), settings, watch)
+    compensate_units(replays, units(student, lambda: student(**batches[0])), settings, watch)
     return student
 
 

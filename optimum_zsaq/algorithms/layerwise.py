@@ -42,7 +42,7 @@ def reconstruct_layers(
     """
     check_models(teacher, student, batches, settings)
     replays = Replay(teacher, batches), Replay(student, batches)
-    for unit in units(student, batches[0]):
+    for unit in units(student, lambda: student(**batches[0])):
         calls = [replay.inputs(unit) for replay in replays]
         modules = [replay.model.get_submodule(unit) for replay in replays]
 

@@ -19,10 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from ..layers.common import SCALES
-from ..surgery import low_bit_layers
+from ..surgery import low_bit_layers, set_runtime
 from .activations import Activations, Kept
 from .compensation import CompensationSettings, check_compensable, compensate_units
 from .minimax import keep_positive, warm_cosine
+from .offload import OffloadedBlocks
 from .replay import Replay, units
 from .stages import OUTPUTS, Memory, Stage, cut, run_stage
 
@@ -258,7 +259,8 @@ def compensate_stage(
         batches (`Sequence[dict]`): those to look at.
         known (`Sequence[tuple]`): for each of them, what the stage is given in the teacher and in the student.
     """
-    order = [u for u in units(student, batches[0]) if u in stage.blocks or f"{u}.weight" in stage.parameters]
+    order = units(student, lambda: run_stage(student, stage, batches[0], known[0][1]))
+    order = [u for u in order if u in stage.blocks or f"{u}.weight" in stage.parameters]
     returned = ({name: [k[side][of] for k in known] for name, of in stage.answers.items()} for side in (0, 1))
     replays = [Replay(model, batches, answers) for model, answers in zip((teacher, student), returned, strict=True)]
     compensate_units(tuple(replays), order, CompensationSettings())
@@ -291,15 +293,27 @@ class SequentialReconstruction:
         student (`nn.Module`): its fake-quantized copy, trained in place.
         batches (`Sequence[dict]`): what both are called with.
         settings (`ReconstructionSettings`): how.
+        offloaded (`OffloadedBlocks`, *optional*): has the weights of the blocks, which are "meta" in both models. Those of a
+            stage are read when it begins; when it has ended, its blocks are packed, and the next stage learns on what the
+            packed ones return.
 
     Raises:
         ValueError: see `check_models` and `stages.cut`.
     """
 
-    def __init__(self, teacher: nn.Module, student: nn.Module, batches: Sequence[Batch], settings: ReconstructionSettings):
+    def __init__(
+        self,
+        teacher: nn.Module,
+        student: nn.Module,
+        batches: Sequence[Batch],
+        settings: ReconstructionSettings,
+        offloaded: OffloadedBlocks | None = None,
+    ):
         check_models(teacher, student, batches, settings)
         self.teacher, self.student, self.batches, self.settings = teacher, student, batches, settings
-        self.stages = cut(student, batches[0], settings.stages)
+        self.offloaded = offloaded
+        with offloaded.passing(teacher) if offloaded else nullcontext():
+            self.stages = cut(student, batches[0], settings.stages, runs=teacher)
         self.losses: list[list[float]] = []
         self.resumable = True  # whether `state_dict` has all that was done: when a stage has ended
         self._finished: list[dict[str, Tensor]] = []
@@ -319,8 +333,10 @@ class SequentialReconstruction:
         nothing = store.keep({})
         known: list[tuple[Kept, Kept]] = [(nothing, nothing)] * len(self.batches)
         for stage in self.stages:
+            self._read(stage)
             wanted, teachers = self._float_outputs(stage, [teacher for teacher, _ in known], store)
             if stage.index < len(self._finished):
+                self._release(stage)
                 load_tensors(self.student, self._finished[stage.index])
             else:
                 self._start(stage, known)
@@ -331,6 +347,25 @@ class SequentialReconstruction:
                 for i, (_, memory) in enumerate(known):
                     students.append(store.keep(self._run(self.student, stage, i, memory.get())[1]))
                 known = list(zip(teachers, students, strict=True))
+            if self.offloaded:
+                set_runtime(self.student, "fast")  # drops what a kernel keeps of packed blocks beside their codes
+
+    def _read(self, stage: Stage) -> None:
+        if self.offloaded:
+            for block in stage.blocks:
+                self.offloaded.load(block, self.teacher, self.student)
+
+    def _release(self, stage: Stage) -> None:
+        if self.offloaded:
+            for block in stage.blocks:
+                self.offloaded.free(block, self.teacher)
+                self.offloaded.pack(block, self.student)
+
+    def _tensors(self, stage: Stage) -> dict[str, Tensor]:
+        """What goes with a stage that is finished, by name."""
+        prefixes = tuple(f"{block}." for block in stage.blocks)
+        own = {n: p for n, p in self.student.named_parameters() if n in stage.parameters or n.startswith(prefixes)}
+        return {name: p.detach() for name, p in own.items()}
 
     def _float_outputs(self, stage: Stage, known: list[Kept], store: Activations) -> tuple[list[Kept], list[Kept]]:
         """What the float stage returns for each batch: what is to be learned, and what the next float stage is given."""
@@ -358,7 +393,9 @@ class SequentialReconstruction:
                 break
             yield stage, losses[-1]
         self.losses.append(losses)
-        self._finished.append(own_tensors(self.student, stage))
+        del training
+        self._release(stage)
+        self._finished.append(self._tensors(stage))
         self.resumable = True
         yield stage, losses[-1]
 

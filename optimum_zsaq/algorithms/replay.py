@@ -24,12 +24,12 @@ class _Reached(Exception):
     """The unit that was wanted is about to run."""
 
 
-def units(student: nn.Module, batch: dict[str, Tensor]) -> list[str]:
+def units(student: nn.Module, forward: Callable[[], Any]) -> list[str]:
     """The names of a model's units that hold a low-bit layer to train, in the order in which they run.
 
     Args:
         student (`nn.Module`): fake-quantized.
-        batch (`dict`): what it is called with, once, to see the order.
+        forward (`Callable`): runs it, or a part of it, once, to see the order.
 
     Raises:
         ValueError: a unit runs more than once a pass, so that it has no single input.
@@ -41,7 +41,7 @@ def units(student: nn.Module, batch: dict[str, Tensor]) -> list[str]:
     hooks = [m.register_forward_pre_hook(lambda m, _: order.append(names[id(m)])) for m in (found | lone).values()]
     try:
         with torch.no_grad():
-            student(**batch)
+            forward()
     finally:
         for hook in hooks:
             hook.remove()

@@ -60,19 +60,20 @@ class Stage:
         return f"stage {self.index + 1} of {self.count}"
 
 
-def cut(model: nn.Module, batch: dict[str, Any], count: int) -> list[Stage]:
+def cut(model: nn.Module, batch: dict[str, Any], count: int, runs: nn.Module | None = None) -> list[Stage]:
     """Cut a model into stages of nearly equal numbers of blocks, the longer ones first.
 
     Args:
         model (`nn.Module`): in any state.
         batch (`dict`): what it is called with, once, to see what runs when.
         count (`int`): of stages.
+        runs (`nn.Module`, *optional*): the same model in another state, to be called instead.
 
     Raises:
         ValueError: more stages than blocks; a block that runs more than once a pass; a low-bit layer that belongs to no
             stage because the pass does not reach it.
     """
-    order, straight, reached = _trace(model, batch)
+    order, straight, reached = _trace(runs or model, batch)
     if not 1 <= count <= len(order):
         raise ValueError(
             f"stages={count} is not possible: {type(model).__name__} has {len(order)} blocks that run one after the other; "

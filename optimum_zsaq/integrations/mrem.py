@@ -28,9 +28,10 @@ _OWN = {
     "autocast": "auto",
     "state": None,
     "cache_limit": None,
+    "offload": False,
     "timeout": 600.0,
 }
-_NOT_STORED = ("state", "cache_limit", "timeout")
+_NOT_STORED = ("state", "cache_limit", "offload", "timeout")
 
 
 class MREMConfig(LowBitConfig):
@@ -62,6 +63,9 @@ class MREMConfig(LowBitConfig):
             stored.
         cache_limit (`float`, *optional*): GiB of activations that MREM-S keeps in memory, what is more lies in a temporary
             folder; None: all in memory. Not stored.
+        offload (`bool`): the float weights of all blocks lie in a temporary folder, and those of one stage at a time are in
+            memory: for models that memory does not hold. A stage that is done is packed at once. Not with `parallel`, static
+            activations or "zero-shot". Not stored.
         timeout (`float`): seconds that a process waits for another one before it gives up. Not stored.
         seed (`int`): of the order of the batches, and of the generator.
         **fields: those of `LowBitConfig`.
@@ -101,11 +105,23 @@ class MREMConfig(LowBitConfig):
         length = self.sequence_length
         if length is not None and (not isinstance(length, int) or length < SHORTEST):
             raise ValueError(f"sequence_length={length!r} is too short; use an integer of at least {SHORTEST}, or None")
-        for name, allowed in (("parallel", (True, False)), ("autocast", AUTOCASTS)):
+        for name, allowed in (("parallel", (True, False)), ("offload", (True, False)), ("autocast", AUTOCASTS)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not allowed; use one of {allowed}")
+        self._check_offload()
         if self.start == "compensated" and self.ranges == "ternary":
             raise ValueError("start='compensated' does not go with ranges='ternary'; use start='rounding' or ranges='mse'")
+
+    def _check_offload(self) -> None:
+        needs_all = {
+            "parallel=True trains all stages at once": self.parallel,
+            "activations='static' needs passes of the whole model": self.activations == "static",
+            f"calibration_data={ZERO_SHOT!r} needs passes of the whole model": self.calibration_data == ZERO_SHOT,
+            "packed=False keeps all float weights": not self.packed,
+        }
+        found = [reason for reason, holds in needs_all.items() if holds]
+        if self.offload and found:
+            raise ValueError(f"offload=True does not go with this: {found[0]}; leave one of the two out")
 
     def _check_calibration_data(self) -> None:
         """It trains the model, whatever its inputs are."""

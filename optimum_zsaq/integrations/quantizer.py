@@ -14,10 +14,12 @@ from transformers.core_model_loading import ConversionOps
 from transformers.integrations.accelerate import load_offloaded_parameter
 from transformers.quantizers.base import HfQuantizer
 
+from ..algorithms.offload import OffloadedBlocks
 from ..kinds import kind_of
 from ..layers import FakeQuantTransposedLinear, LowBitLayer, PackedEmbedding, PackedLinear, PackedTransposedLinear
 from ..layers.common import INTEGERS, SCALES, STEP_SIZES
 from ..surgery import (
+    blocks,
     low_bit_layers,
     quantize_weight,
     select,
@@ -88,11 +90,25 @@ class QuantizeOnLoad(ConversionOps):
             )
 
 
+class OffloadOnLoad(ConversionOps):
+    """Writes a float weight of a block to a file as soon as it is read."""
+
+    def __init__(self, offloaded: OffloadedBlocks):
+        self.offloaded = offloaded
+
+    def convert(self, input_dict: dict[str, Any], full_layer_name: str, **_: Any) -> dict[str, Tensor]:
+        """{source: weight} -> {full name: an empty Parameter on the device "meta"}."""
+        ((_, weight),) = input_dict.items()
+        weight = weight[0] if isinstance(weight, list) else weight
+        return {full_layer_name: nn.Parameter(self.offloaded.put(full_layer_name, weight), requires_grad=False)}
+
+
 class LowBitQuantizer(HfQuantizer):
     """Loads and saves low-bit models for transformers; one class for every algorithm.
 
     `found` names the layers whose weights were quantized as they were read; the others are new, and become float layers
-    again. `failures` says of which weights that was impossible, `absent` which saved tensors the files do not name.
+    again. `failures` says of which weights that was impossible, `absent` which saved tensors the files do not name,
+    `offloaded` has the weights that are not to be in memory all at once.
     """
 
     requires_calibration = False
@@ -105,6 +121,7 @@ class LowBitQuantizer(HfQuantizer):
         self.found: set[str] = set()
         self.failures: list[str] = []
         self.absent: set[str] = set()
+        self.offloaded: OffloadedBlocks | None = None
         self._device_map: Any = None
 
     @property
@@ -161,6 +178,8 @@ class LowBitQuantizer(HfQuantizer):
             table = select(model, config.scheme())
             if not config.trains_on_load:  # else the float model is needed as the teacher
                 skeleton(model, table, config.packed)
+            if getattr(config, "offload", False):
+                self.offloaded = OffloadedBlocks(blocks(model), config.ranges)
             return model
         if config.modules is None:
             raise CheckpointError(
@@ -179,15 +198,16 @@ class LowBitQuantizer(HfQuantizer):
         return model
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **_: Any) -> bool:
-        """The float weight of a layer that is packed on load."""
+        """The float weight of a layer that is packed on load, or a Parameter that is offloaded."""
         layer_name, _, name = param_name.rpartition(".")
-        if self.pre_quantized or name != "weight":
-            return False
-        return isinstance(model.get_submodule(layer_name), LowBitLayer)
+        module = model.get_submodule(layer_name)
+        if self.offloaded is not None:
+            return self.offloaded.holds(param_name) and name in module._parameters
+        return not self.pre_quantized and name == "weight" and isinstance(module, LowBitLayer)
 
-    def get_quantize_ops(self) -> QuantizeOnLoad:
+    def get_quantize_ops(self) -> ConversionOps:
         """What is done to such a weight."""
-        return QuantizeOnLoad(self)
+        return QuantizeOnLoad(self) if self.offloaded is None else OffloadOnLoad(self.offloaded)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
         config = self.quantization_config
@@ -196,7 +216,8 @@ class LowBitQuantizer(HfQuantizer):
         self._check_complete(model)
         self._restore_new_layers(model)
         trains = config.trains_on_load and not self.pre_quantized
-        trained = _TRAINING[config.algorithm](model, config) if trains else None
+        offload = {} if self.offloaded is None else {"offloaded": self.offloaded}
+        trained = _TRAINING[config.algorithm](model, config, **offload) if trains else None
         learned = STEP_SIZES if config.learns_step_sizes and not config.packed else ()
         for _, layer in low_bit_layers(model):
             for name in (*SCALES, *INTEGERS):

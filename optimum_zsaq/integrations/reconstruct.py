@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from transformers.utils.logging import tqdm
 
 from ..algorithms.calibration import calibrate
+from ..algorithms.offload import OffloadedBlocks
 from ..algorithms.parallel import ParallelReconstruction
 from ..algorithms.pipeline import PipelineReconstruction
 from ..algorithms.reconstruction import SequentialReconstruction
@@ -43,8 +44,15 @@ _TEXT_KEYS = {"text", "text_pair", "sentence"}
 
 
 @torch.enable_grad()
-def reconstruct_on_load(model: PreTrainedModel, config: MREMConfig) -> dict[str, Any]:
+def reconstruct_on_load(
+    model: PreTrainedModel, config: MREMConfig, offloaded: OffloadedBlocks | None = None
+) -> dict[str, Any]:
     """Make a float model that was just loaded into a trained low-bit one, in place.
+
+    Args:
+        model (`PreTrainedModel`): whose weights were read.
+        config (`MREMConfig`): how.
+        offloaded (`OffloadedBlocks`, *optional*): has the weights of the blocks, if the config asks for it.
 
     Returns:
         `dict`: what the data was (kind, count, hash), how long it took, and what it won: the error of each stage in the
@@ -62,8 +70,9 @@ def reconstruct_on_load(model: PreTrainedModel, config: MREMConfig) -> dict[str,
         p.data = p.data.float()
     batches, data = calibration_batches(model, config)
     with processes(model, config) as count:
-        run = start_reconstruction(model, config, batches, count)
-        state = (TrainingState if count == 1 else PipelineState)(config, run, data)
+        run = start_reconstruction(model, config, batches, count, offloaded)
+        kept = {**data, "offloaded": offloaded.checksum} if offloaded else data
+        state = (TrainingState if count == 1 else PipelineState)(config, run, kept)
         try:
             state.load()
             _train(run, state)
@@ -97,7 +106,11 @@ def processes(model: PreTrainedModel, config: MREMConfig) -> Iterator[int]:
 
 
 def start_reconstruction(
-    model: PreTrainedModel, config: MREMConfig, batches: list[Batch], count: int = 1
+    model: PreTrainedModel,
+    config: MREMConfig,
+    batches: list[Batch],
+    count: int = 1,
+    offloaded: OffloadedBlocks | None = None,
 ) -> Reconstruction:
     """The run that a config asks for on `count` processes, of a float model, which becomes the student, in place."""
     found = blocks(model)
@@ -111,8 +124,9 @@ def start_reconstruction(
     settings = replace(config.settings(stages), autocast=autocast_dtype(config.autocast, model.device))
     if count > 1:
         return PipelineReconstruction(teacher, model, batches, settings, config.timeout)
-    kind = ParallelReconstruction if config.parallel else SequentialReconstruction
-    return kind(teacher, model, batches, settings)
+    if config.parallel:
+        return ParallelReconstruction(teacher, model, batches, settings)
+    return SequentialReconstruction(teacher, model, batches, settings, offloaded)
 
 
 def _train(run: Reconstruction, state: TrainingState) -> None:

@@ -120,6 +120,6 @@ class PipelineState(TrainingState):
 
 def _checksum(model: nn.Module) -> int:
     found = 0
-    for p in model.parameters():
+    for p in (p for p in model.parameters() if not p.is_meta):
         found = zlib.crc32(p.detach().cpu().contiguous().view(torch.uint8).numpy(), found)
     return found

@@ -1,0 +1,92 @@
+"""MREM of a model that is larger than the memory its process is allowed to take; prints JSON.
+
+    python examples/study/mrem_offload.py --blocks 48
+
+A random Llama is written block by block in safetensors files, and a second process, whose private memory the kernel limits
+(RLIMIT_DATA: whatever is above makes it fail), quantizes it with `MREMConfig(offload=True)` and one block a stage.
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from optimum_zsaq import MREMConfig
+
+
+_SIZES = {"vocab_size": 1000, "hidden_size": 1024, "intermediate_size": 2816, "num_attention_heads": 16}
+_MIB = 2**20
+_TEXTS = [" ".join(f"w{2 + (7 * i + 11 * j) % 900}" for j in range(16)) for i in range(32)]
+
+
+def write(folder: Path, blocks: int) -> int:
+    """A random checkpoint, a file a block; gives its bytes."""
+    config = LlamaConfig(**_SIZES, num_hidden_layers=blocks)
+    with torch.device("meta"):
+        shapes = {n: p.shape for n, p in LlamaForCausalLM(config).named_parameters()}
+    config.architectures = ["LlamaForCausalLM"]
+    config.save_pretrained(folder)
+    generator, files = torch.Generator().manual_seed(0), {}
+    for name in shapes:
+        block = name.split(".")[2] if ".layers." in name else "rest"
+        files.setdefault(f"model-{block}.safetensors", []).append(name)
+    for file, names in files.items():
+        tensors = {n: torch.empty(shapes[n]).normal_(std=0.02, generator=generator) for n in names if len(shapes[n]) > 1}
+        tensors |= {n: torch.ones(shapes[n]) for n in names if len(shapes[n]) == 1}
+        save_file(tensors, folder / file, {"format": "pt"})
+    index = {"metadata": {}, "weight_map": {name: file for file, names in files.items() for name in names}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    vocabulary = {"[PAD]": 0, "[UNK]": 1, **{f"w{i}": i for i in range(2, config.vocab_size)}}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(folder)
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def quantize(folder: Path, limit: int) -> dict[str, Any]:
+    """Load it in 3 bits, with private memory limited to some bytes; gives the peak of what was resident, files included."""
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+    blocks = LlamaConfig.from_pretrained(folder).num_hidden_layers
+    config = MREMConfig(weight_bits=3, calibration_data=_TEXTS, stages=blocks, steps=2, batch_size=8, offload=True)
+    model = LlamaForCausalLM.from_pretrained(folder, quantization_config=config)
+    packed = sum(p.numel() * p.element_size() for p in model.parameters())
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return {"packed_bytes": packed, "resident_bytes": resident}
+
+
+def measure(blocks: int, limit: int) -> dict[str, Any]:
+    """Write a checkpoint and quantize it in a limited process.
+
+    Raises:
+        subprocess.CalledProcessError: the limit was too small; its error is shown.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name, "model")
+        size = write(folder, blocks)
+        command = [sys.executable, __file__, "--of", str(folder), "--limit", str(limit)]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return {"checkpoint_bytes": size, "limit_bytes": limit * _MIB, **json.loads(done.stdout.splitlines()[-1])}
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--blocks", type=int, default=48, help="of the model, 51 MB each (default: 48)")
+    parser.add_argument("--limit", type=int, default=1024, help="MiB of private memory (default: 1024)")
+    parser.add_argument("--of", type=Path, help="quantize this folder, in this process")
+    args = parser.parse_args()
+    found = quantize(args.of, args.limit * _MIB) if args.of else measure(args.blocks, args.limit)
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
