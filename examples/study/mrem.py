@@ -117,15 +117,14 @@ def _by_hand(method: str, model: Any, reference: Any, cell: Cell, data: Path) ->
     """The baselines, in place: what is prepared as MREM does it, trained in another way, and packed."""
     from dataclasses import replace
 
-    from optimum_zsaq import MREMConfig, pack
+    from optimum_zsaq import pack, prepare
     from optimum_zsaq.algorithms.compensation import compensate
     from optimum_zsaq.algorithms.layerwise import reconstruct_layers
     from optimum_zsaq.integrations.reconstruct import calibration_batches
-    from optimum_zsaq.integrations.zero_shot import prepare_student
 
     config = _config("mrem-s", {}, cell, data)
     batches, _ = calibration_batches(reference, config)
-    prepare_student(model, MREMConfig(**fields(cell.scheme)))
+    prepare(model, config.scheme(), config.ranges)
     settings = config.settings(1)
     if method in ("start", "layerwise-start"):
         chosen = range(0, len(batches), max(1, len(batches) // settings.start_batches))

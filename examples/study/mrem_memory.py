@@ -13,10 +13,9 @@ from typing import Any
 import torch
 from transformers import BertConfig, BertForSequenceClassification
 
-from optimum_zsaq import MREMConfig
+from optimum_zsaq import MREMConfig, prepare
 from optimum_zsaq.algorithms.reconstruction import ReconstructionSettings, make_optimizer
 from optimum_zsaq.integrations.reconstruct import start_reconstruction
-from optimum_zsaq.integrations.zero_shot import prepare_student
 
 
 _SIZES = {"vocab_size": 1000, "hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6}
@@ -42,7 +41,7 @@ def measure(stages: int) -> dict[str, Any]:
         for _ in start_reconstruction(model, config, batches).steps():
             pass
     else:
-        prepare_student(model, config)
+        prepare(model, config.scheme(), config.ranges)
         weights = [p for name, p in model.named_parameters() if p.is_floating_point() and not name.endswith("_scale")]
         optimizer, _ = make_optimizer(weights, [], ReconstructionSettings())
         for batch in batches[:2]:

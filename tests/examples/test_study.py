@@ -1,6 +1,8 @@
 """The study runner: resume, torn lines, failing and dying cells, Ctrl-C; the docs' tables are those of the results."""
 
+import ast
 import importlib
+import importlib.util
 import json
 import os
 import signal
@@ -213,3 +215,13 @@ def test_bitmap_round_trip(study):
     scores = np.array([1, 0, 1, 1, 0, 0, 0, 1, 1, 0, 1.0])
     assert to_bitmap(scores) == "b1a0"
     assert from_bitmap("b1a0", 11).tolist() == scores.tolist()
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "examples").rglob("*.py")), ids=lambda file: file.stem)
+def test_examples_import_only_what_there_is(file):
+    """Also inside functions, which run minutes after an example was started."""
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("optimum_zsaq"):
+            module = importlib.import_module(node.module)
+            for name in (alias.name for alias in node.names):
+                assert hasattr(module, name) or importlib.util.find_spec(f"{node.module}.{name}"), name
