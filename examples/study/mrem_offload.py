@@ -1,17 +1,19 @@
-"""MREM of a model that is larger than the memory its process is allowed to take; prints JSON.
+"""Memory of MREM of a model whose float weights stay on the disk; prints JSON.
 
     python examples/study/mrem_offload.py --blocks 48
 
-A random Llama is written block by block in safetensors files, and a second process, whose private memory the kernel limits
-(RLIMIT_DATA: whatever is above makes it fail), quantizes it with `MREMConfig(offload=True)` and one block a stage.
+A random Llama is written in safetensors files, one a block, and another process quantizes it with
+`MREMConfig(offload=True)` and one block a stage. To see it under a limit, on Linux with systemd:
+
+    systemd-run --user --scope -p MemoryMax=1G -p MemorySwapMax=0 python examples/study/mrem_offload.py
 """
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,6 @@ from optimum_zsaq import MREMConfig
 
 
 _SIZES = {"vocab_size": 1000, "hidden_size": 1024, "intermediate_size": 2816, "num_attention_heads": 16}
-_MIB = 2**20
 _TEXTS = [" ".join(f"w{2 + (7 * i + 11 * j) % 900}" for j in range(16)) for i in range(32)]
 
 
@@ -52,40 +53,52 @@ def write(folder: Path, blocks: int) -> int:
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
-def quantize(folder: Path, limit: int) -> dict[str, Any]:
-    """Load it in 3 bits, with private memory limited to some bytes; gives the peak of what was resident, files included."""
-    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+def private_bytes() -> int:
+    """Memory of this process that no file backs, which the kernel cannot take back; Linux."""
+    with Path("/proc/self/status").open(encoding="ascii") as status:
+        return next(1024 * int(line.split()[1]) for line in status if line.startswith("RssAnon"))
+
+
+def quantize(folder: Path) -> dict[str, Any]:
+    """Load a checkpoint in 3 bits; gives the most private memory that this process has had meanwhile."""
+    done, peaks = threading.Event(), [private_bytes()]
+
+    def watch() -> None:
+        while not done.wait(0.005):
+            peaks.append(private_bytes())
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
     blocks = LlamaConfig.from_pretrained(folder).num_hidden_layers
     config = MREMConfig(weight_bits=3, calibration_data=_TEXTS, stages=blocks, steps=2, batch_size=8, offload=True)
     model = LlamaForCausalLM.from_pretrained(folder, quantization_config=config)
+    done.set()
+    watcher.join()
     packed = sum(p.numel() * p.element_size() for p in model.parameters())
-    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return {"packed_bytes": packed, "resident_bytes": resident}
+    return {"packed_bytes": packed, "before_bytes": peaks[0], "peak_bytes": max(peaks)}
 
 
-def measure(blocks: int, limit: int) -> dict[str, Any]:
-    """Write a checkpoint and quantize it in a limited process.
+def measure(blocks: int) -> dict[str, Any]:
+    """Write a checkpoint and quantize it in a process of its own.
 
     Raises:
-        subprocess.CalledProcessError: the limit was too small; its error is shown.
+        subprocess.CalledProcessError: that process failed, or was killed for its memory; its error is shown.
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name, "model")
         size = write(folder, blocks)
-        command = [sys.executable, __file__, "--of", str(folder), "--limit", str(limit)]
+        command = [sys.executable, __file__, "--of", str(folder)]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    return {"checkpoint_bytes": size, "limit_bytes": limit * _MIB, **json.loads(done.stdout.splitlines()[-1])}
+    return {"checkpoint_bytes": size, **json.loads(done.stdout.splitlines()[-1])}
 
 
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--blocks", type=int, default=48, help="of the model, 51 MB each (default: 48)")
-    parser.add_argument("--limit", type=int, default=1024, help="MiB of private memory (default: 1024)")
-    parser.add_argument("--of", type=Path, help="quantize this folder, in this process")
+    parser.add_argument("--of", type=Path, help="quantize the checkpoint in this folder, in this process")
     args = parser.parse_args()
-    found = quantize(args.of, args.limit * _MIB) if args.of else measure(args.blocks, args.limit)
-    print(json.dumps(found))
+    print(json.dumps(quantize(args.of) if args.of else measure(args.blocks)))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..surgery import find_layer_ranges, low_bit_layers, pack
@@ -36,18 +35,18 @@ class OffloadedBlocks:
         """Write a Parameter's value; gives the empty one that takes its place, on the device "meta"."""
         content = tensor.detach().cpu().contiguous()
         self.checksum = zlib.crc32(content.view(-1).view(torch.uint8).numpy(), self.checksum)
-        save_file({"value": content}, self._file(name))
+        torch.save(content, self._file(name))
         self._device[name] = tensor.device
         return torch.empty_like(tensor, device="meta")
 
     def _file(self, name: str) -> Path:
-        return Path(self._folder.name, f"{name}.safetensors")
+        return Path(self._folder.name, name)
 
     def load(self, block: str, *models: nn.Module) -> None:
         """Put a block's Parameters, in float32, into models, which share them; ranges of low-bit layers are found anew."""
         for name, device in self._device.items():
             if name.startswith(f"{block}."):
-                value = load_file(self._file(name))["value"].to(device, torch.float32, copy=True)
+                value = torch.load(self._file(name), map_location=device, weights_only=True).float()
                 parameter = nn.Parameter(value, requires_grad=False)
                 for model in models:
                     _set(model, name, parameter)

@@ -16,7 +16,7 @@ _SHARED = ("steps", "batch_size", "sequence_length", "learning_rate", "start", "
 _TRAINING = {  # fields that only those that train have
     "prequant": (),
     "zsaq": (*_SHARED, "rho", "generator", "generator_every"),
-    "mrem": (*_SHARED, "stages", "parallel"),
+    "mrem": (*_SHARED, "stages", "parallel", "offload"),
 }
 ALGORITHMS = tuple(_TRAINING)
 
@@ -83,6 +83,7 @@ class QuantizeCommand(Command):
         )
         parser.add_argument("--stages", type=int, help="mrem: into how many the model is cut (default: 4)")
         parser.add_argument("--parallel", action="store_true", default=None, help="mrem: train all stages at once")
+        parser.add_argument("--offload", action="store_true", default=None, help="mrem: float blocks stay on disk")
         parser.add_argument("--dry-run", action="store_true", help="zsaq: say what it would take, write nothing")
         parser.add_argument(
             "--modules-to-not-convert",

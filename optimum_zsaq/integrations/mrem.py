@@ -63,9 +63,9 @@ class MREMConfig(LowBitConfig):
             stored.
         cache_limit (`float`, *optional*): GiB of activations that MREM-S keeps in memory, what is more lies in a temporary
             folder; None: all in memory. Not stored.
-        offload (`bool`): the float weights of all blocks lie in a temporary folder, and those of one stage at a time are in
-            memory: for models that memory does not hold. A stage that is done is packed at once. Not with `parallel`, static
-            activations or "zero-shot". Not stored.
+        offload (`bool`): the float weights of all blocks lie in a temporary folder, and those of one stage at a time are
+            in memory: for models that memory does not hold. A stage that is done is packed at once. Not with `parallel`,
+            static activations or "zero-shot". Not stored.
         timeout (`float`): seconds that a process waits for another one before it gives up. Not stored.
         seed (`int`): of the order of the batches, and of the generator.
         **fields: those of `LowBitConfig`.

@@ -20,7 +20,7 @@ from ..algorithms.calibration import calibrate
 from ..algorithms.offload import OffloadedBlocks
 from ..algorithms.parallel import ParallelReconstruction
 from ..algorithms.pipeline import PipelineReconstruction
-from ..algorithms.reconstruction import SequentialReconstruction
+from ..algorithms.sequential import SequentialReconstruction
 from ..algorithms.stages import Stage
 from ..surgery import blocks, low_bit_layers, prepare
 from .data import Batch, describe_data, find_tokenizer, fitting_length, read_texts, text_batches, uncached_batch

@@ -14,11 +14,11 @@ from optimum_zsaq.algorithms.compensation import compensate
 from optimum_zsaq.algorithms.parallel import ParallelReconstruction, mix
 from optimum_zsaq.algorithms.reconstruction import (
     ReconstructionSettings,
-    SequentialReconstruction,
     batch_order,
     reconstruction_error,
     start_batches,
 )
+from optimum_zsaq.algorithms.sequential import SequentialReconstruction
 from optimum_zsaq.algorithms.stages import cut, run_stage
 from optimum_zsaq.integrations.data import uncached_batch
 from optimum_zsaq.integrations.models import register_models

@@ -101,7 +101,7 @@ def untouched(model: nn.Module) -> bool:
 class TestWholeModels:
     def test_units_cover_every_layer_once_in_the_order_in_which_they_run(self, name):
         model = prepared(name)
-        order = units(model, batch(model))
+        order = units(model, lambda: model(**batch(model)))
         assert untouched(model)
         parts = [[f"{unit}.{n}".rstrip(".") for n in linear_layers(model.get_submodule(unit))] for unit in order]
         layers = [layer for part in parts for layer in part]
@@ -121,7 +121,7 @@ class TestWholeModels:
     def test_every_unit_gets_and_gives_what_it_does_in_a_whole_pass(self, name):
         model = prepared(name)
         data = batches(model)
-        order = units(model, data[0])
+        order = units(model, lambda: model(**data[0]))
         expected = [whole_pass(model, order, one) for one in data]
         state = {n: t.clone() for n, t in model.state_dict().items()}
         replay = Replay(model, data)
@@ -141,7 +141,7 @@ class TestWholeModels:
     def test_finished_units_do_not_run_again(self, name):
         model = prepared(name)
         data = [batch(model)]
-        order = units(model, data[0])
+        order = units(model, lambda: model(**data[0]))
         replay, ran = Replay(model, data), []
         parts = [linear_layers(model.get_submodule(unit)) for unit in order[:-1]]
         layers = [layer for part in parts for n, layer in part.items() if n]  # a lone layer is called, and answers
@@ -158,7 +158,7 @@ def test_cross_attention_and_position_bias_are_among_the_inputs():
     model = prepared("t5-tied")
     data = [batch(model)]
     replay = Replay(model, data)
-    for unit in units(model, data[0]):
+    for unit in units(model, lambda: model(**data[0])):
         calls = replay.inputs(unit)
         if unit == "decoder.block.1":
             shapes = [tuple(v.shape) for v in tree_leaves(calls[0]) if isinstance(v, torch.Tensor)]
@@ -173,7 +173,7 @@ def test_models_that_collect_hidden_states(name):
     model = prepared(name)
     model.config.output_hidden_states = True
     data = [batch(model)]
-    order = units(model, data[0])
+    order = units(model, lambda: model(**data[0]))
     expected = whole_pass(model, order, data[0])
     before = {n: len(m._forward_hooks) for n, m in model.named_modules()}
     replay = Replay(model, data)
@@ -290,7 +290,7 @@ class Skipping(nn.Module):
 def test_entries_of_a_list_that_do_not_hand_one_state_on(build):
     model = prepare(build().eval(), QuantScheme(QuantSpec(3)), "minmax")
     data = {"x": torch.randn(4, 6)}
-    order = units(model, data)
+    order = units(model, lambda: model(**data))
     expected = whole_pass(model, order, data)
     replay = Replay(model, [data])
     for unit in order:
@@ -309,7 +309,7 @@ class TestModelIsLeftAsItWas:
             replay.inputs("last")
         assert untouched(model)
         with pytest.raises(KeyboardInterrupt, match="in the middle"):
-            units(model, data)
+            units(model, lambda: model(**data))
         assert untouched(model)
 
     def test_after_an_exception_in_a_unit(self):
@@ -326,7 +326,7 @@ class TestModelIsLeftAsItWas:
         own = [nn.Sequential.forward.__get__(block) for block in model.blocks]
         for block, forward in zip(model.blocks, own, strict=True):
             block.forward = forward
-        finish_all(Replay(model, [data]), units(model, data))
+        finish_all(Replay(model, [data]), units(model, lambda: model(**data)))
         assert [vars(block).get("forward") for block in model.blocks] == own
         assert torch.equal(model(**data), expected)
 
@@ -334,7 +334,7 @@ class TestModelIsLeftAsItWas:
         model, data = chain()
         seen = []
         model.blocks[0].register_forward_pre_hook(lambda *_: seen.append(1))
-        finish_all(Replay(model, [data]), units(model, data))
+        finish_all(Replay(model, [data]), units(model, lambda: model(**data)))
         seen.clear()
         model(**data)
         assert seen == [1]
@@ -406,14 +406,14 @@ class TestLinearLayers:
 
     def test_skipped_layers_make_no_unit(self):
         model = prepare(make("bert-cls"), QuantScheme(QuantSpec(3), skip=("layer.0",)), "minmax")
-        assert units(model, batch(model)) == ["bert.encoder.layer.1", "bert.pooler.dense"]
+        assert units(model, lambda: model(**batch(model))) == ["bert.encoder.layer.1", "bert.pooler.dense"]
 
 
 class TestErrors:
     def test_a_block_that_runs_twice(self):
         model, data = chain(again=True)
         with pytest.raises(ValueError, match=r"\['blocks.0'\] run more than once in a forward pass.*start='rounding'"):
-            units(model, data)
+            units(model, lambda: model(**data))
         assert untouched(model)
 
     def test_layers_that_albert_shares(self):
@@ -421,11 +421,11 @@ class TestErrors:
         config = tf.AlbertConfig(vocab_size=VOCABULARY, num_hidden_layers=3, **sizes)
         model = prepare(tf.AlbertModel(config).eval(), SCHEME, "minmax")
         with pytest.raises(ValueError, match=r"albert_layer_groups.0'\] run more than once in a forward pass"):
-            units(model, batch(model))
+            units(model, lambda: model(**batch(model)))
 
     def test_a_unit_that_does_not_run(self):
         model, data = chain(spare=True)
-        assert "spare" not in units(model, data)
+        assert "spare" not in units(model, lambda: model(**data))
         with pytest.raises(ValueError, match="spare did not run for 1 of 2 batches"):
             Replay(model, [{**data, "spare": True}, data]).inputs("spare")
         assert untouched(model)

@@ -113,6 +113,19 @@ class TestTheResult:
         assert same(model, load("bert-cls"))
         assert "cache_limit" not in model.config.quantization_config.to_dict()
 
+    @pytest.mark.parametrize("name", ["bert-cls", "gpt2-tied", "llama-tied", "bart-tied"])
+    def test_blocks_on_disk_change_little(self, load, name, tmp_path):
+        offloaded, whole = load(name, offload=True), load(name)
+        found, expected = logits(offloaded), logits(whole)
+        assert (found - expected).norm() < 0.05 * expected.norm()
+        assert "offload" not in offloaded.config.quantization_config.to_dict()
+        offloaded.save_pretrained(tmp_path / "packed")
+        assert same(offloaded, type(offloaded).from_pretrained(tmp_path / "packed"))
+
+    def test_blocks_on_disk_of_another_dtype(self, load):
+        model = load("llama-tied", dtype=torch.bfloat16, offload=True)
+        assert {p.dtype for n, p in model.named_parameters() if "norm" in n} == {torch.bfloat16}
+
     def test_ternary(self, load):
         model = load("bert-cls", ranges="ternary", start="rounding")
         assert logits(model).isfinite().all()
@@ -173,9 +186,11 @@ class TestState:
             with pytest.raises(KeyboardInterrupt):
                 load("bert-cls", **settings)
 
-    @pytest.mark.parametrize(("parallel", "at"), [(False, 32), (False, 61), (True, 55), (True, 20)])
-    def test_goes_on_bit_for_bit(self, monkeypatch, load, tmp_path, parallel, at):
-        settings = {"parallel": parallel, "steps": 30}
+    @pytest.mark.parametrize(
+        ("mode", "at"), [("whole", 32), ("whole", 61), ("offload", 32), ("offload", 61), ("parallel", 55), ("parallel", 20)]
+    )
+    def test_goes_on_bit_for_bit(self, monkeypatch, load, tmp_path, mode, at):
+        settings = {"parallel": mode == "parallel", "offload": mode == "offload", "steps": 30}
         whole = load("bert-cls", **settings)
         settings["state"] = str(tmp_path / "state")
         kept = at > 30 and at != 61
@@ -241,6 +256,19 @@ class TestRefused:
         folder = load("bert").config.name_or_path
         with pytest.raises(ValueError, match=r"no \['classifier.weight'.*: MREM trains against the float model's answers"):
             type(make("bert-cls")).from_pretrained(folder, quantization_config=MREMConfig(**SHORT))
+
+    @pytest.mark.parametrize(
+        ("settings", "message"),
+        [
+            ({"parallel": True}, "parallel=True trains all stages at once; leave one of the two out"),
+            ({"activations": "static"}, "activations='static' needs passes of the whole model"),
+            ({"calibration_data": "zero-shot"}, "calibration_data='zero-shot' needs passes of the whole model"),
+            ({"packed": False}, "packed=False keeps all float weights"),
+        ],
+    )
+    def test_blocks_on_disk_with_what_needs_them_all(self, settings, message):
+        with pytest.raises(ValueError, match=f"offload=True does not go with this: {message}"):
+            MREMConfig(**{**SHORT, "offload": True, **settings})
 
     def test_texts_without_a_tokenizer(self, load):
         with pytest.raises(ValueError, match="tokenizer"):
