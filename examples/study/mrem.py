@@ -5,8 +5,8 @@ rounding, as many steps a layer), "layerwise-start" (the same from compensated c
 "mrem-s", "mrem-p" (stage after stage, all at once), "qat" (LSQ with labels, one epoch, all the rows that the float model
 was fine-tuned on), and what follows a "+" is a setting that differs. Calibration: 1,024 of those rows, drawn by the seed,
 without labels; of a language model 256 passages of 100 words. Tuned on `glue/SST-2/tuning.tsv`; dev and test are measured
-once. Task "memory" is `mrem_memory.py`. The data folder is that of the study `prequant`, with `glue/SST-2/train.tsv` and
-`wikitext-2/train.txt`.
+once. Task "memory" is `mrem_memory.py`, and its method "offload" `mrem_offload.py`. The data folder is that of the study
+`prequant`, with `glue/SST-2/train.tsv` and `wikitext-2/train.txt`.
 """
 
 import copy
@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from mrem_tables import FORCING, MAIN, MEMORY, SAMPLES, SEEDS, STAGES, WRITERS, all_tables
+from mrem_tables import FORCING, MAIN, MEMORY, SAMPLES, SEEDS, STAGES, STEPS, WRITERS, all_tables
 from prequant import _MEASURES, MODELS
 from runner import Cell
 from zsaq import fields
@@ -25,6 +25,7 @@ from zsaq import fields
 
 SETTINGS = {"stages": 3, "steps": 120}
 QAT = {"learning_rate": 1e-4, "scale_learning_rate": 1e-4}
+_OFFLOADED = 48  # blocks
 _PASSAGE, _PASSAGES = 100, 256  # words, and how many, for a language model
 
 
@@ -34,22 +35,33 @@ def cells() -> list[Cell]:
     for scheme in MAIN:
         found += [Cell(method, scheme, "sst2") for method in ("rounding", "mrem-s", "layerwise", "mrem-p", "qat")]
     found += [Cell(f"stages={count}", "w2a8e4-row", "memory") for count in MEMORY]
+    found.append(Cell("offload", "w3a8e8-row", "memory"))
     for scheme in WRITERS:
         found += [Cell(method, scheme, "wikitext") for method in ("rounding", "mrem-s", "layerwise")]
     found += [Cell(method, scheme, "sst2") for scheme in MAIN[:2] for method in ("start", "layerwise-start")]
     found += [Cell(f"mrem-p+steps=30+forcing={share}", MAIN[0], "sst2") for share in FORCING]
-    found += [Cell(f"mrem-s+stages={count}", MAIN[0], "sst2") for count in STAGES]
-    found += [Cell(f"mrem-s+samples={count}", MAIN[0], "sst2") for count in SAMPLES]
+    found += [Cell(f"mrem-s+{name}={n}", MAIN[0], "sst2") for name, n in _curves()]
+    found += [Cell(f"mrem-s+steps={STEPS}", scheme, "sst2") for scheme in MAIN]
     for seed in SEEDS[1:]:
         found += [Cell(method, scheme, "sst2", seed) for scheme in MAIN for method in ("mrem-s", "layerwise", "mrem-p")]
         found += [Cell(f"mrem-p+steps=30+forcing={share}", MAIN[0], "sst2", seed) for share in FORCING]
+        found += [Cell(f"mrem-s+{name}={n}", MAIN[0], "sst2", seed) for name, n in _curves()]
+        found += [Cell(f"mrem-s+steps={STEPS}", scheme, "sst2", seed) for scheme in MAIN]
         found += [Cell("qat", scheme, "sst2", seed) for scheme in MAIN]
     return found
+
+
+def _curves() -> list[tuple[str, int]]:
+    return [*(("stages", count) for count in STAGES), *(("samples", count) for count in SAMPLES)]
 
 
 def run_cell(cell: Cell, data: Path) -> dict[str, Any]:
     """Quantize and measure."""
     if cell.task == "memory":  # the peak of a process that does nothing else
+        if cell.method == "offload":
+            from mrem_offload import measure
+
+            return measure(_OFFLOADED)
         command = [sys.executable, str(Path(__file__).with_name("mrem_memory.py")), cell.method.removeprefix("stages=")]
         return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     import torch
