@@ -2,8 +2,9 @@
 
 One base a scheme, all-MiniLM-L6-v2 quantized once with 0.5 % stored outliers; on it SST-2 and CoLA, of each 8,000 training
 sentences that a fixed seed draws, one epoch of batches of 32. Every method gets the same search for its learning rate:
-`SEARCH_STEPS` steps with each of three, judged by the loss on training sentences that are held out. Dev sentences are
-measured once, at the end.
+`SEARCH_STEPS` steps with each of three, judged by the loss on training sentences that are held out. A new head learns at
+`HEAD_RATE` in every row but those of full tuning and of the head alone, whose rate is searched. Dev sentences are measured
+once, at the end.
 The data folder holds `models/all-MiniLM-L6-v2` and `glue/{SST-2,CoLA}/{train,dev}.tsv`.
 """
 
@@ -22,7 +23,8 @@ from runner import Cell
 
 MODEL = "models/all-MiniLM-L6-v2"
 SHARE = 0.005
-BATCH, SEARCH_STEPS, HELD_OUT, LENGTH, TRAIN = 32, 30, 512, 128, 8000
+BATCH, SEARCH_STEPS, HELD_OUT, LENGTH, TRAIN = 32, 60, 512, 128, 8000
+HEAD_RATE = 1e-3
 _POOL = 16  # batches whose sentences are sorted by length together
 SCHEMES = {"w4a8e4": (4, 4), "w3a8e3": (3, 3)}
 TASKS = ("sst2", "cola")
@@ -196,7 +198,7 @@ def train(model: Any, sentences: Sentences, rate: float, steps: int, seed: int) 
     import torch
     from transformers import get_linear_schedule_with_warmup
 
-    optimizer = torch.optim.AdamW(trainable(model), lr=rate, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(_groups(model, rate), weight_decay=0.0)
     schedule = get_linear_schedule_with_warmup(optimizer, round(0.06 * steps), steps)
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
@@ -210,6 +212,14 @@ def train(model: Any, sentences: Sentences, rate: float, steps: int, seed: int) 
         schedule.step()
     model.eval()
     return time.process_time() - begun
+
+
+def _groups(model: Any, rate: float) -> list[dict[str, Any]]:
+    own = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    heads = [parameter for name, parameter in own.items() if "classifier" in name]
+    others = [parameter for name, parameter in own.items() if "classifier" not in name]
+    tunes_few = others and any(not parameter.requires_grad for parameter in model.parameters())
+    return [{"params": others, "lr": rate}, {"params": heads, "lr": HEAD_RATE if tunes_few else rate}]
 
 
 def _forever(sentences: Sentences, generator: Any) -> Iterator[dict[str, Any]]:
