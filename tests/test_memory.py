@@ -66,13 +66,13 @@ def test_bert_base_streams(tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc to count anonymous memory")
 def test_reconstruction_of_blocks_on_disk_holds_one_at_a_time():
-    """Two models of which one has six blocks more: what that takes is what those blocks take packed, not as floats."""
+    """Two models of which one has twenty blocks more: what that takes is what those blocks take packed, not as floats."""
     study = Path(__file__).parents[1] / "examples" / "study" / "mrem_offload.py"
     found = []
-    for count in (4, 10):
+    for count in (4, 24):
         done = subprocess.run(
             [sys.executable, str(study), "--blocks", str(count)], capture_output=True, text=True, timeout=900, check=True
         )
         found.append(json.loads(done.stdout.splitlines()[-1]))
-    assert found[1]["checkpoint_bytes"] - found[0]["checkpoint_bytes"] > 300 * MEGABYTE
-    assert found[1]["peak_bytes"] - found[0]["peak_bytes"] < 150 * MEGABYTE
+    assert found[1]["checkpoint_bytes"] - found[0]["checkpoint_bytes"] > 250 * MEGABYTE
+    assert found[1]["peak_bytes"] - found[0]["peak_bytes"] < 100 * MEGABYTE

@@ -25,7 +25,7 @@ from zsaq import fields
 
 SETTINGS = {"stages": 3, "steps": 120}
 QAT = {"learning_rate": 1e-4, "scale_learning_rate": 1e-4}
-_OFFLOADED = 48  # blocks
+_OFFLOADED = 64  # blocks
 _PASSAGE, _PASSAGES = 100, 256  # words, and how many, for a language model
 
 

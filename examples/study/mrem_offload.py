@@ -1,6 +1,6 @@
 """Memory of MREM of a model whose float weights stay on the disk; prints JSON.
 
-    python examples/study/mrem_offload.py --blocks 48
+    python examples/study/mrem_offload.py --blocks 64
 
 A random Llama is written in safetensors files, one a block, and another process quantizes it with
 `MREMConfig(offload=True)` and one block a stage. To see it under a limit, on Linux with systemd:
@@ -25,7 +25,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from optimum_zsaq import MREMConfig
 
 
-_SIZES = {"vocab_size": 1000, "hidden_size": 1024, "intermediate_size": 2816, "num_attention_heads": 16}
+_SIZES = {"vocab_size": 1000, "hidden_size": 512, "intermediate_size": 1408, "num_attention_heads": 8}
 _TEXTS = [" ".join(f"w{2 + (7 * i + 11 * j) % 900}" for j in range(16)) for i in range(32)]
 
 
@@ -95,7 +95,7 @@ def measure(blocks: int) -> dict[str, Any]:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--blocks", type=int, default=48, help="of the model, 51 MB each (default: 48)")
+    parser.add_argument("--blocks", type=int, default=64, help="of the model, 13 MB each (default: 64)")
     parser.add_argument("--of", type=Path, help="quantize the checkpoint in this folder, in this process")
     args = parser.parse_args()
     print(json.dumps(quantize(args.of) if args.of else measure(args.blocks)))
