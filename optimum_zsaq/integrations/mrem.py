@@ -3,7 +3,7 @@
 import math
 from typing import Any
 
-from ..algorithms.reconstruction import ReconstructionSettings
+from ..algorithms.reconstruction import STARTS, ReconstructionSettings
 from .configs import ALGORITHMS, RANGE_METHODS, LowBitConfig
 from .zsaq import AUTOCASTS, SHORTEST
 
@@ -15,7 +15,7 @@ _SETTINGS = {
     "scale_learning_rate": 3e-4,
     "targets": "all",
     "output_weight": 1.0,
-    "start": "compensated",
+    "start": "auto",
     "queue": 8,
     "forcing": 0.5,
 }
@@ -52,7 +52,8 @@ class MREMConfig(LowBitConfig):
         learning_rate, scale_learning_rate (`float`): of the weights, and of the step sizes of weights and static inputs.
         targets (`str`), output_weight (`float`): which outputs are learned, see `ReconstructionSettings`.
         start (`str`): "compensated": the codes from which a stage's training starts make up for each other's errors;
-            "rounding": each weight is rounded on its own.
+            "rounding": each weight is rounded on its own; "auto": "rounding" for ternary weights and for 2 bits with one
+            scale a matrix, where it is better, else "compensated".
         start_samples (`int`): texts that "compensated" looks at.
         queue (`int`), forcing (`float`): MREM-P's t0 in batches, and T0 as a share of the steps.
         ranges (`str`): as in `LowBitConfig`, or "auto": "lsq" for 2 bits with one scale a matrix, else "mse".
@@ -105,7 +106,8 @@ class MREMConfig(LowBitConfig):
         length = self.sequence_length
         if length is not None and (not isinstance(length, int) or length < SHORTEST):
             raise ValueError(f"sequence_length={length!r} is too short; use an integer of at least {SHORTEST}, or None")
-        for name, allowed in (("parallel", (True, False)), ("offload", (True, False)), ("autocast", AUTOCASTS)):
+        switches = dict.fromkeys(("parallel", "offload"), (True, False))
+        for name, allowed in {**switches, "autocast": AUTOCASTS, "start": ("auto", *STARTS)}.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not allowed; use one of {allowed}")
         self._check_offload()
@@ -129,9 +131,13 @@ class MREMConfig(LowBitConfig):
     def settings(self, stages: int) -> ReconstructionSettings:
         """What `algorithms/reconstruction.py` is given, for a model cut into that many stages."""
         batches = -(-self.start_samples // self.batch_size)
-        own = {name: getattr(self, name) for name in _SETTINGS}
+        own = {**{name: getattr(self, name) for name in _SETTINGS}, "start": self._start()}
         cache = None if self.cache_limit is None else int(self.cache_limit * 2**30)
         return ReconstructionSettings(stages=stages, start_batches=batches, cache=cache, seed=self.seed, **own)
+
+    def _start(self) -> str:
+        coarse = self.ranges == "ternary" or (self.weight_bits, self.granularity) == (2, "tensor")
+        return self.start if self.start != "auto" else "rounding" if coarse else "compensated"
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON that is stored."""

@@ -96,6 +96,19 @@ class TestTheResult:
         model = load("bert-cls", stages=None)
         assert len(model.config.quantization_config.recipe["calibration"]["won"]) == 2
 
+    @pytest.mark.parametrize(
+        ("fields", "start"),
+        [
+            ({}, "compensated"),
+            ({"granularity": "tensor"}, "rounding"),
+            ({"granularity": "tensor", "weight_bits": 3}, "compensated"),
+            ({"ranges": "ternary"}, "rounding"),
+            ({"granularity": "tensor", "start": "compensated"}, "compensated"),
+        ],
+    )
+    def test_the_start_follows_the_weights(self, fields, start):
+        assert MREMConfig(**{**SHORT, **fields}).settings(2).start == start
+
     def test_the_users_config_is_left_as_it_was(self, load):
         model, config = load("bert-cls"), MREMConfig(**SHORT)
         before = config.to_dict()
@@ -127,7 +140,7 @@ class TestTheResult:
         assert {p.dtype for n, p in model.named_parameters() if "norm" in n} == {torch.bfloat16}
 
     def test_ternary(self, load):
-        model = load("bert-cls", ranges="ternary", start="rounding")
+        model = load("bert-cls", ranges="ternary")
         assert logits(model).isfinite().all()
 
 
@@ -301,7 +314,7 @@ class TestRefused:
         with pytest.raises(ValueError, match="MREMConfig has no field 'stage'; did you mean 'stages'"):
             MREMConfig(stage=2)
         with pytest.raises(ValueError, match="start='compensated' does not go with ranges='ternary'"):
-            MREMConfig(ranges="ternary", weight_bits=2)
+            MREMConfig(ranges="ternary", weight_bits=2, start="compensated")
 
     def test_is_registered(self):
         assert ALGORITHMS["mrem"] is MREMConfig
