@@ -1,10 +1,9 @@
-"""Weights alone at 4, 3 and 2 bits, a scale and a zero point for 32 of them: MREM-S beside AutoRound, on the same texts.
+"""MREM-S beside AutoRound: weights alone, 2, 3 and 4 bits, groups of 32, symmetric; the same layers and the same texts.
 
-Methods: "rounding", "mrem-s" (as in the study `mrem`), "autoround" (its defaults: 200 steps a block on 8 texts each), and
-"autoround+equal", with so many steps that it takes about as long as MREM-S. Linear layers of the blocks have codes;
-inputs, tables, pooler and heads stay float, as AutoRound leaves them. All texts of AutoRound are padded to the longest,
-which it needs. It runs in this process, on bfloat16 weights as it wants, without torch.compile.
-The data folder is that of the study `mrem`.
+Methods: "rounding" (`PreQuantConfig`), "mrem-s" (the settings of the study `mrem`), "autoround" (its 200 iterations a
+block) and "autoround-equal" (as many iterations as take the CPU time of "mrem-s"). AutoRound stacks its samples, so all
+have one length: shorter ones are padded (and masked), longer ones cut. Needs `pip install auto-round`. Seconds are those
+of loading and quantizing. The data folder is that of the study `mrem`.
 """
 
 import time
@@ -13,119 +12,159 @@ from typing import Any
 
 from mrem import SETTINGS, calibration_texts
 from prequant import _MEASURES, MODELS
-from prequant_tables import Rows, circumstances, markdown, percent
+from prequant_tables import circumstances, markdown, percent
 from runner import Cell
+from zsaq_tables import FLOAT_PERPLEXITY
 
 
-BITS, GROUP, LENGTH, SAMPLES = (2, 3, 4), 32, 128, 1024
-ITERS = 200  # AutoRound's default
-EQUAL = {"wikitext": 150, "sst2": 400}  # steps of AutoRound in the time of MREM-S
-METHODS = ("rounding", "mrem-s", "autoround", "autoround+equal")
-TITLES = {
+BITS, GROUP = (2, 4, 3), 32
+TASKS = ("wikitext", "sst2")
+LENGTH = {"wikitext": 128, "sst2": 32}  # tokens of AutoRound's samples
+BATCH = {"wikitext": 8, "sst2": 32}  # of AutoRound: 1,024 tokens
+ITERATIONS = 200  # AutoRound's default
+EQUAL = {"wikitext": 100, "sst2": 100}  # iterations in the time of "mrem-s"
+FLOAT = {"wikitext": None, "sst2": ["pooler", "classifier"]}  # AutoRound takes blocks alone
+METHODS = {
     "rounding": "rounding",
     "mrem-s": "**MREM-S**",
-    "autoround": f"AutoRound, {ITERS} steps a block",
-    "autoround+equal": "AutoRound, as long as MREM-S",
+    "autoround-equal": "AutoRound, equal time",
+    "autoround": "AutoRound, 200 iterations",
 }
 
 
 def cells() -> list[Cell]:
-    """The widths with the largest differences first; what takes as long as MREM-S once that time is known."""
-    found = [Cell(method, f"w{bits}", task) for bits in BITS for task in EQUAL for method in METHODS[:-1]]
-    return found + [Cell(METHODS[-1], f"w{bits}", task) for bits in BITS for task in EQUAL]
+    """What decides at equal time first."""
+    parts = (("rounding", "mrem-s", "autoround-equal"), ("autoround",))
+    return [Cell(method, f"w{bits}-sym", task) for part in parts for bits in BITS for task in TASKS for method in part]
 
 
 def run_cell(cell: Cell, data: Path) -> dict[str, Any]:
-    """Quantize and measure."""
+    """Quantize and measure, in float32."""
     import torch
     import transformers
 
     path, class_name = MODELS[cell.task]
-    model_class = getattr(transformers, class_name)
 
     def load(**options: Any) -> Any:
-        return model_class.from_pretrained(data / path, dtype=torch.float32, **options).eval()
+        return getattr(transformers, class_name).from_pretrained(data / path, dtype=torch.float32, **options).eval()
 
-    bits, texts = int(cell.scheme[1:]), calibration_texts(cell, data, SAMPLES)
-    start = time.process_time()
-    found: dict[str, Any] = {"texts": len(texts)}
+    reference, config = load(), _config(cell, data)
+    wall, cpu = time.perf_counter(), time.process_time()
     if cell.method.startswith("autoround"):
-        found["iters"] = EQUAL[cell.task] if cell.method.endswith("equal") else ITERS
-        model = load()
-        autoround(model, texts, bits, found["iters"])
+        model, figures = _autoround(load(), config, cell, data)
     else:
-        model = load(quantization_config=_config(cell, bits, texts))
-    found["cpu_seconds"] = round(time.process_time() - start, 1)
-    return {**_MEASURES[cell.task](model, load(), data), **found}
+        model, figures = load(quantization_config=config), {}
+    figures["quantizing_seconds"] = round(time.perf_counter() - wall, 1)
+    figures["cpu_seconds"] = round(time.process_time() - cpu, 1)
+    return {**_MEASURES[cell.task](model, reference, data), **figures}
 
 
-def _config(cell: Cell, bits: int, texts: list[str]) -> Any:
+def _config(cell: Cell, data: Path) -> Any:
     from optimum_zsaq import MREMConfig, PreQuantConfig
 
-    scheme: dict[str, Any] = {"weight_bits": bits, "activation_bits": None, "embedding_bits": None, "symmetric": False}
-    scheme |= {"granularity": "group", "group_size": GROUP}
-    if cell.task == "sst2":
-        scheme["modules_to_not_convert"] = ["pooler"]
-    if cell.method == "rounding":
+    scheme = {
+        "weight_bits": int(cell.scheme[1]),
+        "granularity": "group",
+        "group_size": GROUP,
+        "symmetric": True,
+        "activation_bits": None,
+        "embedding_bits": None,
+        "modules_to_not_convert": FLOAT[cell.task],
+    }
+    if cell.method != "mrem-s":
         return PreQuantConfig(**scheme)
+    texts = calibration_texts(cell, data, 1024)
     batch = {} if cell.task == "sst2" else {"batch_size": 16, "start_samples": 64}
-    given = {"calibration_data": texts, "calibration_samples": len(texts), "sequence_length": LENGTH, "seed": cell.seed}
+    given = {"calibration_data": texts, "calibration_samples": len(texts), "seed": cell.seed}
     return MREMConfig(**scheme, **SETTINGS, **given, **batch)
 
 
-def autoround(model: Any, texts: list[str], bits: int, iters: int) -> None:
-    """AutoRound's asymmetric codes, in place, as float weights.
+def _autoround(model: Any, config: Any, cell: Cell, data: Path) -> tuple[Any, dict[str, Any]]:
+    """The model with AutoRound's values in the layers that `config` quantizes, all else as it was.
+
+    AutoRound casts the whole model to bfloat16; its codes are multiplied by its scales again here, in float32.
 
     Raises:
-        ImportError: it is not installed.
+        ImportError: no AutoRound. ValueError: it quantized other layers.
     """
+    import copy
+
     import torch
 
-    from optimum_zsaq.integrations.data import find_tokenizer
+    from optimum_zsaq.surgery import select
 
     try:
         from auto_round import AutoRound
     except ImportError as error:
-        raise ImportError("the study's peer is not installed; pip install auto-round==0.16.1") from error
-    tokenizer, dtype = find_tokenizer(model), model.dtype
-    tokens = tokenizer(texts, truncation=True, max_length=LENGTH, padding=True, return_tensors="pt")
-    samples = [{name: tokens[name][i : i + 1] for name in ("input_ids", "attention_mask")} for i in range(len(texts))]
-    scheme = {"bits": bits, "group_size": GROUP, "sym": False}
-    run = {"iters": iters, "nsamples": len(samples), "seqlen": tokens["input_ids"].shape[1], "dataset": samples}
-    kept = {name: p.detach().clone() for name, p in model.named_parameters()}  # it casts all of them
-    with torch.enable_grad():
-        _, layers = AutoRound(model, tokenizer, device_map="cpu", enable_torch_compile=False, **scheme, **run).quantize()
-    model.to(dtype).eval()
-    coded = {f"{name}.weight" for name, layer in layers.items() if layer["bits"] == bits}
-    for name, p in model.named_parameters():
-        if name not in coded:
-            p.data = kept[name]
+        raise ImportError("the study `autoround` needs AutoRound; pip install auto-round") from error
+    samples, tokenizer = _samples(cell, data)
+    names = set(select(model, config.scheme()))
+    iterations = EQUAL[cell.task] if cell.method == "autoround-equal" else ITERATIONS
+    rounder = AutoRound(
+        copy.deepcopy(model),
+        tokenizer,
+        bits=config.weight_bits,
+        group_size=GROUP,
+        sym=True,
+        iters=iterations,
+        dataset=samples,
+        nsamples=len(samples),
+        seqlen=LENGTH[cell.task],
+        batch_size=BATCH[cell.task],
+        seed=cell.seed,
+        enable_torch_compile=False,
+    )
+    rounded, _ = rounder.quantize()
+    layers = {name: layer for name, layer in rounded.named_modules() if getattr(layer, "scale", None) is not None}
+    if set(layers) != names:
+        raise ValueError(
+            f"AutoRound quantized other layers than the config, {sorted(set(layers) ^ names)[:5]}; compare the same"
+        )
+    with torch.no_grad():
+        for name, layer in layers.items():
+            scale = layer.scale.float().reshape(layer.weight.shape[0], -1, 1)
+            codes = (layer.weight.float().unflatten(1, (-1, GROUP)) / scale).round()
+            model.get_submodule(name).weight.copy_((codes * scale).flatten(1))
+    return model, {"iterations": iterations, "dtype": str(rounder.amp_dtype) if rounder.amp else "torch.float32"}
 
 
-# Tables: a cell that is not finished is an empty place ----------------------------------------------------------------
+def _samples(cell: Cell, data: Path) -> tuple[list[dict[str, Any]], Any]:
+    """The calibration texts of "mrem-s", one a sample, and the tokenizer."""
+    from optimum_zsaq.report.evaluation import load_tokenizer
+
+    tokenizer = load_tokenizer(data / MODELS[cell.task][0])
+    options = {"truncation": True, "max_length": LENGTH[cell.task], "padding": "max_length", "return_tensors": "pt"}
+    return [dict(tokenizer(text, **options)) for text in calibration_texts(cell, data, 1024)], tokenizer
 
 
-def tables(rows: Rows) -> dict[str, str]:
-    """Every table by name, as Markdown."""
-    return {maker.__name__: maker(rows) for maker in (sst2, wikitext, circumstances)}
+# Tables: a cell that is not finished is not listed ----------------------------------------------------------------------
 
 
-def sst2(rows: Rows) -> str:
-    """The classifier."""
-    figures = [("test_kl", "{:.4f}".format), ("test_agreement", percent), ("accuracy", percent)]
-    return _table(rows, "sst2", ["KL on test", "agreement on test, %", "dev accuracy, %"], figures)
+def tables(rows: dict[str, dict[str, Any]]) -> dict[str, str]:
+    """The tables of docs/methods/autoround.md, by name."""
+    return {maker.__name__: maker(rows) for maker in (wikitext, sst2, circumstances)}
 
 
-def wikitext(rows: Rows) -> str:
-    """The language model."""
-    return _table(rows, "wikitext", ["perplexity", "KL"], [("perplexity", "{:.3f}".format), ("kl", "{:.4f}".format)])
-
-
-def _table(rows: Rows, task: str, names: list[str], figures: list[tuple[str, Any]]) -> str:
+def _table(rows: dict[str, dict[str, Any]], task: str, header: list[str], figures: Any) -> str:
     found = []
-    for bits in BITS:
-        for method in METHODS:
-            if row := rows.get(f"{task}/{method}/w{bits}/0"):
-                texts = [form(row[key]) for key, form in figures]
-                found.append([f"W{bits}", TITLES[method], *texts, f"{row['cpu_seconds']:.0f}"])
-    return markdown(["weights", "method", *names, "CPU s"], found)
+    for bits in sorted(BITS, reverse=True):
+        for method, title in METHODS.items():
+            if row := rows.get(f"{task}/{method}/w{bits}-sym/0"):
+                iterations = str(row.get("iterations", ""))
+                found.append([f"W{bits}", title, iterations, *figures(row), f"{row['cpu_seconds']:.0f}"])
+    return markdown(["weights", "method", "iterations a block", *header, "CPU s"], found)
+
+
+def wikitext(rows: dict[str, dict[str, Any]]) -> str:
+    """The language model."""
+    header = [f"perplexity (float: {FLOAT_PERPLEXITY['wikitext']})", "KL"]
+    return _table(rows, "wikitext", header, lambda row: [f"{row['perplexity']:.3f}", f"{row['kl']:.4f}"])
+
+
+def sst2(rows: dict[str, dict[str, Any]]) -> str:
+    """The classifier."""
+
+    def figures(row: dict[str, Any]) -> list[str]:
+        return [f"{row['test_kl']:.4f}", percent(row["test_agreement"]), percent(row["accuracy"])]
+
+    return _table(rows, "sst2", ["KL on test", "agreement on test, %", "dev accuracy, %"], figures)
