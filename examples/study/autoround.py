@@ -33,9 +33,9 @@ METHODS = {
 
 
 def cells() -> list[Cell]:
-    """The equal time is known last."""
-    parts = [("rounding", "mrem-s", "autoround"), ("autoround-equal",)]
-    return [Cell(method, f"w{bits}", task) for part in parts for bits in BITS for task in TASKS for method in part]
+    """What decides at equal time first."""
+    parts = (("rounding", "mrem-s", "autoround-equal"), ("autoround",))
+    return [Cell(method, f"w{bits}-sym", task) for part in parts for bits in BITS for task in TASKS for method in part]
 
 
 def run_cell(cell: Cell, data: Path) -> dict[str, Any]:
@@ -63,7 +63,7 @@ def _config(cell: Cell, data: Path) -> Any:
     from optimum_zsaq import MREMConfig, PreQuantConfig
 
     scheme = {
-        "weight_bits": int(cell.scheme.removeprefix("w")),
+        "weight_bits": int(cell.scheme[1]),
         "granularity": "group",
         "group_size": GROUP,
         "symmetric": True,
@@ -149,7 +149,7 @@ def _table(rows: dict[str, dict[str, Any]], task: str, header: list[str], figure
     found = []
     for bits in sorted(BITS, reverse=True):
         for method, title in METHODS.items():
-            if row := rows.get(f"{task}/{method}/w{bits}/0"):
+            if row := rows.get(f"{task}/{method}/w{bits}-sym/0"):
                 iterations = str(row.get("iterations", ""))
                 found.append([f"W{bits}", title, iterations, *figures(row), f"{row['cpu_seconds']:.0f}"])
     return markdown(["weights", "method", "iterations a block", *header, "CPU s"], found)

@@ -46,5 +46,5 @@ def test_missing_peer(study, monkeypatch):
 
 def test_tables_leave_unfinished_cells_out(study):
     row = {"perplexity": 60.0, "kl": 0.01, "cpu_seconds": 9.6, "iterations": 200}
-    table = study.wikitext({"wikitext/autoround/w3/0": row})
+    table = study.wikitext({"wikitext/autoround/w3-sym/0": row})
     assert table.splitlines()[2:] == ["| W3 | AutoRound, 200 iterations | 200 | 60.000 | 0.0100 | 10 |"]
