@@ -1,9 +1,9 @@
 """MREM-S beside AutoRound: weights alone, 2, 3 and 4 bits, groups of 32, symmetric; the same layers and the same texts.
 
 Methods: "rounding" (`PreQuantConfig`), "mrem-s" (the settings of the study `mrem`), "autoround" (its 200 iterations a
-block) and "autoround-equal" (as many iterations as take the CPU time of "mrem-s"). AutoRound stacks its samples, so all
-have one length: shorter ones are padded (and masked), longer ones cut. Needs `pip install auto-round`. Seconds are those
-of loading and quantizing. The data folder is that of the study `mrem`.
+block) and "autoround-equal" (so many iterations that it takes no more CPU time than "mrem-s"). AutoRound stacks its
+samples, so all have one length: shorter ones are padded (and masked), longer ones cut. Needs `pip install auto-round`.
+Seconds are those of loading and quantizing. The data folder is that of the study `mrem`.
 """
 
 import time
@@ -22,12 +22,12 @@ TASKS = ("wikitext", "sst2")
 LENGTH = {"wikitext": 128, "sst2": 32}  # tokens of AutoRound's samples
 BATCH = {"wikitext": 8, "sst2": 32}  # of AutoRound: 1,024 tokens
 ITERATIONS = 200  # AutoRound's default
-EQUAL = {"wikitext": 220, "sst2": 80}  # iterations in the time of "mrem-s"
+EQUAL = {"wikitext": 220, "sst2": 80}  # iterations: no more time than "mrem-s"
 FLOAT = {"wikitext": None, "sst2": ["pooler", "classifier"]}  # AutoRound takes blocks alone
 METHODS = {
     "rounding": "rounding",
     "mrem-s": "**MREM-S**",
-    "autoround-equal": "AutoRound, equal time",
+    "autoround-equal": "AutoRound, at most that time",
     "autoround": "AutoRound, 200 iterations",
 }
 
