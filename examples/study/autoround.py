@@ -1,0 +1,170 @@
+"""MREM-S beside AutoRound: weights alone, 2, 3 and 4 bits, groups of 32, symmetric; the same layers and the same texts.
+
+Methods: "rounding" (`PreQuantConfig`), "mrem-s" (the settings of the study `mrem`), "autoround" (its 200 iterations a
+block) and "autoround-equal" (so many iterations that it takes no more CPU time than "mrem-s"). AutoRound stacks its
+samples, so all have one length: shorter ones are padded (and masked), longer ones cut. Needs `pip install auto-round`.
+Seconds are those of loading and quantizing. The data folder is that of the study `mrem`.
+"""
+
+import time
+from pathlib import Path
+from typing import Any
+
+from mrem import SETTINGS, calibration_texts
+from prequant import _MEASURES, MODELS
+from prequant_tables import circumstances, markdown, percent
+from runner import Cell
+from zsaq_tables import FLOAT_PERPLEXITY
+
+
+BITS, GROUP = (2, 4, 3), 32
+TASKS = ("wikitext", "sst2")
+LENGTH = {"wikitext": 128, "sst2": 32}  # tokens of AutoRound's samples
+BATCH = {"wikitext": 8, "sst2": 32}  # of AutoRound: 1,024 tokens
+ITERATIONS = 200  # AutoRound's default
+EQUAL = {"wikitext": 220, "sst2": 80}  # iterations: no more time than "mrem-s"
+FLOAT = {"wikitext": None, "sst2": ["pooler", "classifier"]}  # AutoRound takes blocks alone
+METHODS = {
+    "rounding": "rounding",
+    "mrem-s": "**MREM-S**",
+    "autoround-equal": "AutoRound, at most that time",
+    "autoround": "AutoRound, 200 iterations",
+}
+
+
+def cells() -> list[Cell]:
+    """What decides at equal time first."""
+    parts = (("mrem-s", "autoround-equal"), ("rounding", "autoround"))
+    return [Cell(method, f"w{bits}-sym", task) for part in parts for bits in BITS for task in TASKS for method in part]
+
+
+def run_cell(cell: Cell, data: Path) -> dict[str, Any]:
+    """Quantize and measure, in float32."""
+    import torch
+    import transformers
+
+    path, class_name = MODELS[cell.task]
+
+    def load(**options: Any) -> Any:
+        return getattr(transformers, class_name).from_pretrained(data / path, dtype=torch.float32, **options).eval()
+
+    reference, config = load(), _config(cell, data)
+    wall, cpu = time.perf_counter(), time.process_time()
+    if cell.method.startswith("autoround"):
+        model, figures = _autoround(load(), config, cell, data)
+    else:
+        model, figures = load(quantization_config=config), {}
+    figures["quantizing_seconds"] = round(time.perf_counter() - wall, 1)
+    figures["cpu_seconds"] = round(time.process_time() - cpu, 1)
+    return {**_MEASURES[cell.task](model, reference, data), **figures}
+
+
+def _config(cell: Cell, data: Path) -> Any:
+    from optimum_zsaq import MREMConfig, PreQuantConfig
+
+    scheme = {
+        "weight_bits": int(cell.scheme[1]),
+        "granularity": "group",
+        "group_size": GROUP,
+        "symmetric": True,
+        "activation_bits": None,
+        "embedding_bits": None,
+        "modules_to_not_convert": FLOAT[cell.task],
+    }
+    if cell.method != "mrem-s":
+        return PreQuantConfig(**scheme)
+    texts = calibration_texts(cell, data, 1024)
+    batch = {} if cell.task == "sst2" else {"batch_size": 16, "start_samples": 64}
+    given = {"calibration_data": texts, "calibration_samples": len(texts), "seed": cell.seed}
+    return MREMConfig(**scheme, **SETTINGS, **given, **batch)
+
+
+def _autoround(model: Any, config: Any, cell: Cell, data: Path) -> tuple[Any, dict[str, Any]]:
+    """The model with AutoRound's values in the layers that `config` quantizes, all else as it was.
+
+    AutoRound casts the whole model to bfloat16; its codes are multiplied by its scales again here, in float32.
+
+    Raises:
+        ImportError: no AutoRound. ValueError: it quantized other layers.
+    """
+    import copy
+
+    import torch
+
+    from optimum_zsaq.surgery import select
+
+    try:
+        from auto_round import AutoRound
+    except ImportError as error:
+        raise ImportError("the study `autoround` needs AutoRound; pip install auto-round") from error
+    samples, tokenizer = _samples(cell, data)
+    names = set(select(model, config.scheme()))
+    iterations = EQUAL[cell.task] if cell.method == "autoround-equal" else ITERATIONS
+    rounder = AutoRound(
+        copy.deepcopy(model),
+        tokenizer,
+        bits=config.weight_bits,
+        group_size=GROUP,
+        sym=True,
+        iters=iterations,
+        dataset=samples,
+        nsamples=len(samples),
+        seqlen=LENGTH[cell.task],
+        batch_size=BATCH[cell.task],
+        seed=cell.seed,
+        enable_torch_compile=False,
+    )
+    rounded, _ = rounder.quantize()
+    layers = {name: layer for name, layer in rounded.named_modules() if getattr(layer, "scale", None) is not None}
+    if set(layers) != names:
+        raise ValueError(
+            f"AutoRound quantized other layers than the config, {sorted(set(layers) ^ names)[:5]}; compare the same"
+        )
+    with torch.no_grad():
+        for name, layer in layers.items():
+            scale = layer.scale.float().reshape(layer.weight.shape[0], -1, 1)
+            codes = (layer.weight.float().unflatten(1, (-1, GROUP)) / scale).round()
+            model.get_submodule(name).weight.copy_((codes * scale).flatten(1))
+    return model, {"iterations": iterations, "dtype": str(rounder.amp_dtype) if rounder.amp else "torch.float32"}
+
+
+def _samples(cell: Cell, data: Path) -> tuple[list[dict[str, Any]], Any]:
+    """The calibration texts of "mrem-s", one a sample, and the tokenizer."""
+    from optimum_zsaq.report.evaluation import load_tokenizer
+
+    tokenizer = load_tokenizer(data / MODELS[cell.task][0])
+    options = {"truncation": True, "max_length": LENGTH[cell.task], "padding": "max_length", "return_tensors": "pt"}
+    return [dict(tokenizer(text, **options)) for text in calibration_texts(cell, data, 1024)], tokenizer
+
+
+# Tables: a cell that is not finished is not listed ----------------------------------------------------------------------
+
+
+def tables(rows: dict[str, dict[str, Any]]) -> dict[str, str]:
+    """The tables of docs/methods/autoround.md, by name."""
+    return {maker.__name__: maker(rows) for maker in (wikitext, sst2, circumstances)}
+
+
+def _table(rows: dict[str, dict[str, Any]], task: str, header: list[str], figures: Any) -> str:
+    found = []
+    for bits in sorted(BITS, reverse=True):
+        for method, title in METHODS.items():
+            if row := rows.get(f"{task}/{method}/w{bits}-sym/0"):
+                iterations = str(row.get("iterations", ""))
+                found.append([f"W{bits}", title, iterations, *figures(row), f"{row['cpu_seconds']:.0f}"])
+    return markdown(["weights", "method", "iterations a block", *header, "CPU s"], found)
+
+
+def wikitext(rows: dict[str, dict[str, Any]]) -> str:
+    """The language model."""
+    header = [f"perplexity (float: {FLOAT_PERPLEXITY['wikitext']})", "KL"]
+    return _table(rows, "wikitext", header, lambda row: [f"{row['perplexity']:.3f}", f"{row['kl']:.4f}"])
+
+
+def sst2(rows: dict[str, dict[str, Any]]) -> str:
+    """The classifier."""
+
+    def figures(row: dict[str, Any]) -> list[str]:
+        return [f"{row['test_kl']:.4f}", percent(row["test_agreement"]), percent(row["accuracy"])]
+
+    return _table(rows, "sst2", ["KL on test", "agreement on test, %", "dev accuracy, %"], figures)
