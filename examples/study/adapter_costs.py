@@ -101,9 +101,14 @@ def count_floor() -> dict[str, float]:
 
 def trainer(kind: str) -> Callable[[], None]:
     """A training step with AdamW at 8 x 128: of the adapter on the packed model, or of the whole float model."""
+    model = (with_adapter(SHARE) if kind == "adapter" else base(0.0)).train()
+    return _step(model)
+
+
+def _step(model: Any) -> Callable[[], None]:
+    """A step of AdamW on what is trainable."""
     import torch
 
-    model = (with_adapter(SHARE) if kind == "adapter" else base(0.0)).train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
     inputs = {**batch((8, 128)), "labels": torch.arange(8) % 2}
 
@@ -144,7 +149,6 @@ def packed_trainer() -> Callable[[], None]:
     """The adapter's step, on a base that is loaded packed, so that no float model counts."""
     import tempfile
 
-    import torch
     from peft import get_peft_model
     from transformers import BertForSequenceClassification
 
@@ -154,15 +158,7 @@ def packed_trainer() -> Callable[[], None]:
         subprocess.run([sys.executable, __file__, "--save", folder], check=True, capture_output=True)
         model = BertForSequenceClassification.from_pretrained(folder)
     model = get_peft_model(model, OutlierConfig(modules_to_save=["classifier"])).train()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
-    inputs = {**batch((8, 128)), "labels": torch.arange(8) % 2}
-
-    def step() -> None:
-        optimizer.zero_grad()
-        model(**inputs).loss.backward()
-        optimizer.step()
-
-    return step
+    return _step(model)
 
 
 def peak_in_a_process(kind: str) -> int:

@@ -31,13 +31,17 @@ class OffloadedBlocks:
         """Whether a tensor of that name belongs to a block."""
         return any(name.startswith(f"{block}.") for block in self.blocks)
 
-    def put(self, name: str, tensor: Tensor) -> Tensor:
-        """Write a Parameter's value; gives the empty one that takes its place, on the device "meta"."""
+    def put(self, name: str, tensor: Tensor) -> None:
+        """Write a Parameter's value.
+
+        Raises:
+            OSError: it could not be written.
+        """
         content = tensor.detach().cpu().contiguous()
         self.checksum = zlib.crc32(content.view(-1).view(torch.uint8).numpy(), self.checksum)
-        torch.save(content, self._file(name))
+        with self._file(name).open("wb") as file:
+            torch.save(content, file)
         self._device[name] = tensor.device
-        return torch.empty_like(tensor, device="meta")
 
     def _file(self, name: str) -> Path:
         return Path(self._folder.name, name)

@@ -93,14 +93,23 @@ class QuantizeOnLoad(ConversionOps):
 class OffloadOnLoad(ConversionOps):
     """Writes a float weight of a block to a file as soon as it is read."""
 
-    def __init__(self, offloaded: OffloadedBlocks):
-        self.offloaded = offloaded
+    def __init__(self, quantizer: "LowBitQuantizer"):
+        self.quantizer = quantizer
 
     def convert(self, input_dict: dict[str, Any], full_layer_name: str, **_: Any) -> dict[str, Tensor]:
         """{source: weight} -> {full name: an empty Parameter on the device "meta"}."""
         ((_, weight),) = input_dict.items()
         weight = weight[0] if isinstance(weight, list) else weight
-        return {full_layer_name: nn.Parameter(self.offloaded.put(full_layer_name, weight), requires_grad=False)}
+        failures = self.quantizer.failures
+        try:
+            if not failures:  # transformers would bury an error in a table; it is raised when all weights are read
+                self.quantizer.offloaded.put(full_layer_name, weight)
+        except OSError as error:
+            failures.append(
+                f"offload=True could not write {full_layer_name} into a temporary folder: {error}; free as much space as "
+                "the float model takes, or set the environment variable TMPDIR to a folder that has it"
+            )
+        return {full_layer_name: nn.Parameter(torch.empty_like(weight, device="meta"), requires_grad=False)}
 
 
 class LowBitQuantizer(HfQuantizer):
@@ -207,17 +216,19 @@ class LowBitQuantizer(HfQuantizer):
 
     def get_quantize_ops(self) -> ConversionOps:
         """What is done to such a weight."""
-        return QuantizeOnLoad(self) if self.offloaded is None else OffloadOnLoad(self.offloaded)
+        return QuantizeOnLoad(self) if self.offloaded is None else OffloadOnLoad(self)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
         config = self.quantization_config
         if self.failures:
+            self.offloaded = None
             raise ValueError("; ".join(self.failures))
         self._check_complete(model)
         self._restore_new_layers(model)
         trains = config.trains_on_load and not self.pre_quantized
         offload = {} if self.offloaded is None else {"offloaded": self.offloaded}
         trained = _TRAINING[config.algorithm](model, config, **offload) if trains else None
+        self.offloaded = None  # its folder goes with it
         learned = STEP_SIZES if config.learns_step_sizes and not config.packed else ()
         for _, layer in low_bit_layers(model):
             for name in (*SCALES, *INTEGERS):

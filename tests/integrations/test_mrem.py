@@ -8,6 +8,7 @@ import torch
 from tiny_models import logits, make, make_tokenizer
 
 from optimum_zsaq import LowBitConfig, MREMConfig, PreQuantConfig
+from optimum_zsaq.algorithms.offload import OffloadedBlocks
 from optimum_zsaq.algorithms.reconstruction import StageTraining
 from optimum_zsaq.integrations.configs import ALGORITHMS
 from optimum_zsaq.integrations.reconstruct import calibration_batches, won_lines
@@ -134,6 +135,27 @@ class TestTheResult:
         assert "offload" not in offloaded.config.quantization_config.to_dict()
         offloaded.save_pretrained(tmp_path / "packed")
         assert same(offloaded, type(offloaded).from_pretrained(tmp_path / "packed"))
+
+    def test_blocks_on_disk_leave_nothing_there(self, load, tmp_path, monkeypatch):
+        monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+        model = load("bert-cls", offload=True)
+        assert model.config.quantization_config.packed
+        assert not list(tmp_path.glob("blocks-*"))
+
+    def test_a_full_disk_is_told(self, load, tmp_path, monkeypatch):
+        put, count = OffloadedBlocks.put, [0]
+
+        def fill(*arguments):
+            count[0] += 1
+            if count[0] == 5:
+                raise OSError(28, "No space left on device")
+            put(*arguments)
+
+        monkeypatch.setattr(OffloadedBlocks, "put", fill)
+        monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+        with pytest.raises(ValueError, match="offload=True could not write .*No space left on device; free as much space"):
+            load("bert-cls", offload=True)
+        assert not list(tmp_path.glob("blocks-*"))
 
     def test_blocks_on_disk_of_another_dtype(self, load):
         model = load("llama-tied", dtype=torch.bfloat16, offload=True)
