@@ -96,11 +96,15 @@ class OffloadOnLoad(ConversionOps):
     def __init__(self, quantizer: "LowBitQuantizer"):
         self.quantizer = quantizer
 
-    def convert(self, input_dict: dict[str, Any], full_layer_name: str, **_: Any) -> dict[str, Tensor]:
+    def convert(self, input_dict: dict[str, Any], full_layer_name: str, model: nn.Module, **_: Any) -> dict[str, Tensor]:
         """{source: weight} -> {full name: an empty Parameter on the device "meta"}."""
         ((_, weight),) = input_dict.items()
         weight = weight[0] if isinstance(weight, list) else weight
-        failures = self.quantizer.failures
+        failures, expected = self.quantizer.failures, model.get_parameter(full_layer_name).shape
+        if weight.shape != expected:
+            failures.append(
+                f"the checkpoint's {full_layer_name} has shape {tuple(weight.shape)} instead of {tuple(expected)}"
+            )
         try:
             if not failures:  # transformers would bury an error in a table; it is raised when all weights are read
                 self.quantizer.offloaded.put(full_layer_name, weight)

@@ -2,11 +2,10 @@
 
 import json
 import sys
-import time
 
 import torch
 from tiny_models import LABELS, make, token_ids
-from transformers import TrainerCallback
+from trainers.processes import Slow
 
 from optimum_zsaq import QuantScheme, QuantSpec, SQuATArguments, SQuATTrainer, calibrate, prepare
 
@@ -41,14 +40,6 @@ def trainer(folder, start=None, callbacks=None, data=None, teacher=None, **optio
     args = SQuATArguments(str(folder), **{**PLAIN, **defaults, **options})
     start = model() if start is None else start
     return SQuATTrainer(start, args, train_dataset=data or samples(), callbacks=callbacks, teacher=teacher)
-
-
-class Slow(TrainerCallback):
-    """Leaves a test the time to kill the process after its first checkpoint."""
-
-    def on_step_end(self, args, state, control, **_):
-        if state.global_step > 3:
-            time.sleep(0.5)
 
 
 def main() -> None:

@@ -3,11 +3,8 @@
 import copy
 import functools
 import json
-import os
-import signal
-import subprocess
 import sys
-import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,6 +13,7 @@ from safetensors.torch import load_file
 from tiny_models import logits, make, token_ids
 from tolerances import relative_error
 from torch import nn
+from trainers.processes import command, finish, kill_after_a_checkpoint
 from trainers.squat_run import BY_HAND, PLAIN, RATES, model, samples, trainer
 from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
 
@@ -34,6 +32,7 @@ from optimum_zsaq.surgery import low_bit_layers
 
 
 SCRIPT = Path(__file__).with_name("squat_run.py")
+script = partial(command, SCRIPT)
 SAVED = {"save_strategy": "steps", "save_steps": 2}
 CLOSE = 1e-5  # of what three steps changed: float32 sums in another order
 
@@ -118,21 +117,6 @@ def different(found: dict, expected: dict) -> list[str]:
 
 def losses(run: Trainer) -> list[dict[str, float]]:
     return [entry for entry in run.state.log_history if "loss" in entry]
-
-
-def environment() -> dict[str, str]:
-    paths = [str(SCRIPT.parents[1]), str(SCRIPT.parents[2]), os.environ.get("PYTHONPATH", "")]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1"}
-
-
-def script(folder: Path, out: Path, launcher: tuple[str, ...] = (), **options) -> list[str]:
-    return [sys.executable, *launcher, str(SCRIPT), str(folder), str(out), json.dumps(options)]
-
-
-def finish(command: list[str]) -> None:
-    done = subprocess.run(command, env=environment(), timeout=300, capture_output=True, text=True, check=False)
-    errors = [line for line in done.stderr.splitlines() if "Error: " in line]
-    assert done.returncode == 0, errors[:3] or done.stderr[-500:]
 
 
 NO_DROPOUT = {
@@ -485,18 +469,8 @@ class TestResuming:
         options = {**SAVED, "rho": 0.1, "dropout": 0.2, "static": True, "gradient_accumulation_steps": 2}
         finish(script(tmp_path / "whole", tmp_path / "whole.pt", **options))
         folder, out = tmp_path / "killed", tmp_path / "killed.pt"
-        log = (tmp_path / "log").open("w")
-        process = subprocess.Popen(
-            script(folder, out, slow=True, **options), env=environment(), stdout=log, stderr=subprocess.STDOUT
-        )
-        deadline = time.time() + 120
-        while not (folder / "checkpoint-4" / "trainer_state.json").exists() and time.time() < deadline:
-            assert process.poll() is None, (tmp_path / "log").read_text()[-500:]
-            time.sleep(0.02)
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL
+        kill_after_a_checkpoint(script(folder, out, slow=True, **options), folder, tmp_path / "log")
         assert not out.exists()
-        assert not (folder / "checkpoint-6").exists()
         finish(script(folder, out, resume=True, **options))
         found, expected = torch.load(out), torch.load(tmp_path / "whole.pt")
         assert different(found["model"], expected["model"]) == []

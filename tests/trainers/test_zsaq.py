@@ -2,12 +2,8 @@
 
 import copy
 import json
-import os
 import re
-import signal
-import subprocess
-import sys
-import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,6 +12,7 @@ from safetensors.torch import load_file
 from tiny_models import logits, make, token_ids
 from tolerances import relative_error
 from torch import nn
+from trainers.processes import command, finish, kill_after_a_checkpoint
 from trainers.zsaq_run import PLAIN, SHARP, models, tiny_generator, trainer
 from transformers import Trainer, TrainingArguments, get_cosine_schedule_with_warmup
 
@@ -27,6 +24,7 @@ from optimum_zsaq.surgery import low_bit_layers
 
 
 SCRIPT = Path(__file__).with_name("zsaq_run.py")
+script = partial(command, SCRIPT)
 ELSEWHERE = (
     1e-4  # of what six steps changed: float32 sums in another order, which AdamW makes larger where gradients are small
 )
@@ -51,21 +49,6 @@ def assert_same_movement(found: dict, expected: dict, start: dict) -> None:
             moved += 1
             assert relative_error(found[name] - start[name], value - start[name]) < ELSEWHERE, name
     assert moved > 20
-
-
-def environment() -> dict[str, str]:
-    paths = [str(SCRIPT.parents[1]), str(SCRIPT.parents[2]), os.environ.get("PYTHONPATH", "")]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1"}
-
-
-def script(folder: Path, out: Path, launcher: tuple[str, ...] = (), **options) -> list[str]:
-    return [sys.executable, *launcher, str(SCRIPT), str(folder), str(out), json.dumps(options)]
-
-
-def finish(command: list[str]) -> None:
-    done = subprocess.run(command, env=environment(), timeout=300, capture_output=True, text=True, check=False)
-    errors = [line for line in done.stderr.splitlines() if "Error: " in line]
-    assert done.returncode == 0, errors[:3] or done.stderr[-500:]
 
 
 def losses(run: ZSAQTrainer) -> list[dict[str, float]]:
@@ -253,18 +236,8 @@ class TestResuming:
         options = {**SHARP, **SAVED}
         finish(script(tmp_path / "whole", tmp_path / "whole.pt", **options))
         folder, out = tmp_path / "killed", tmp_path / "killed.pt"
-        log = (tmp_path / "log").open("w")
-        process = subprocess.Popen(
-            script(folder, out, slow=True, **options), env=environment(), stdout=log, stderr=subprocess.STDOUT
-        )
-        deadline = time.time() + 120
-        while not (folder / "checkpoint-4" / "trainer_state.json").exists() and time.time() < deadline:
-            assert process.poll() is None, (tmp_path / "log").read_text()[-500:]
-            time.sleep(0.02)
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL
+        kill_after_a_checkpoint(script(folder, out, slow=True, **options), folder, tmp_path / "log")
         assert not out.exists()
-        assert not (folder / "checkpoint-6").exists()
         finish(script(folder, out, resume=True, **options))
         found, expected = torch.load(out), torch.load(tmp_path / "whole.pt")
         assert different(found["student"], expected["student"]) == []

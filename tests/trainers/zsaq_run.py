@@ -3,11 +3,10 @@
 import copy
 import json
 import sys
-import time
 
 import torch
 from tiny_models import make
-from transformers import TrainerCallback
+from trainers.processes import Slow
 
 from optimum_zsaq import PreQuantConfig, ZSAQArguments, ZSAQTrainer, prepare
 from optimum_zsaq.algorithms.generators import Generator, PriorSource, SequenceForm, token_prior
@@ -42,14 +41,6 @@ def trainer(folder, name: str = "bert-cls", student=None, teacher=None, callback
     defaults = {"max_steps": 6, "per_device_train_batch_size": 4, "learning_rate": 1e-3, "scale_learning_rate": 3e-4}
     args = ZSAQArguments(str(folder), **{**PLAIN, **defaults, **options})
     return ZSAQTrainer(student, args, teacher=teacher, generator=tiny_generator(teacher), callbacks=callbacks)
-
-
-class Slow(TrainerCallback):
-    """Leaves a test the time to kill the process after its first checkpoint."""
-
-    def on_step_end(self, args, state, control, **_):
-        if state.global_step > 3:
-            time.sleep(0.5)
 
 
 def main() -> None:
