@@ -118,7 +118,7 @@ def prepare(model: nn.Module, scheme: QuantScheme, ranges: str = "mse") -> nn.Mo
     Args:
         model (`nn.Module`): a float model, or one that was prepared with the same scheme.
         scheme (`QuantScheme`): what shall become of it.
-        ranges (`str`): "minmax", "mse", "lsq" or "ternary", see `ops/ranges.py`, or "auto", see `range_method`.
+        ranges (`str`): "minmax", "mse", "signed", "lsq" or "ternary", see `ops/ranges.py`, or "auto", see `range_method`.
 
     Returns:
         `nn.Module`: the same model.
@@ -204,13 +204,16 @@ def unpack(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
 def range_method(spec: LayerSpec, ranges: str) -> str:
     """The range method of one layer in a model quantized with `ranges`: of a ternary model the wider tables take "mse".
 
-    "auto" is "lsq" for 2 bits with one scale a matrix, where "mse" would clip the weights that count, else "mse": our
-    choice, measured in docs/methods/zsaq.md.
+    "auto" is "lsq" for 2 bits with one scale a matrix, where "mse" would clip the weights that count, "signed" for
+    symmetric groups of 2 and 3 bits, else "mse": our choice, measured in docs/methods/zsaq.md and autoround.md.
     """
     if spec.weight.ternary:
         return "ternary"
     if ranges == "auto":
-        return "lsq" if (spec.weight.bits, spec.weight.granularity) == (2, "tensor") else "mse"
+        bits, granularity = spec.weight.bits, spec.weight.granularity
+        if granularity == "group" and bits <= 3 and spec.weight.symmetric:
+            return "signed"
+        return "lsq" if (bits, granularity) == (2, "tensor") else "mse"
     return "mse" if ranges == "ternary" else ranges
 
 

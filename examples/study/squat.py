@@ -23,7 +23,7 @@ from zsaq import fields
 MODEL = "models/all-MiniLM-L6-v2"
 TASKS = ("sst2", "cola")
 SUBSET, HELD_OUT, LONGEST = 8000, 1000, 64  # sentences of SST-2, of a training set to tune on, tokens of a sentence
-FLOAT_RATE = 1e-4
+FLOAT = {"sst2": (1e-4, 1.0), "cola": (5e-5, 3.0)}  # learning rate and epochs of the float model; tuned, as all here
 RECIPE = {"learning_rate": 1e-4, "scale_learning_rate": 1e-4}
 METHODS: dict[str, dict[str, Any]] = {
     "lsq": {"rho": 0.0, "num_train_epochs": 1.5},
@@ -129,14 +129,14 @@ def _load(folder: Path, **config: Any) -> Any:
 
 
 def float_model(task: str, seed: int, data: Path, tuning: bool = False) -> Path:
-    """The folder of the fine-tuned float model, which is made where it is missing: one epoch of the same sentences."""
+    """The folder of the fine-tuned float model, which is made where it is missing, on the same sentences."""
     import transformers
 
     folder = Path(tempfile.gettempdir()) / "squat-study" / f"{task}-{seed}{'-tuning' if tuning else ''}"
     if not (folder / "config.json").exists():
         train, _ = sentences(task, data, tuning)
         model = _load(data / MODEL)
-        rates = {"learning_rate": FLOAT_RATE, "num_train_epochs": 1.0}
+        rates = dict(zip(("learning_rate", "num_train_epochs"), FLOAT[task], strict=True))
         _make_trainer(transformers.Trainer, transformers.TrainingArguments, model, train, data, seed, rates).train()
         model.save_pretrained(folder)
     return folder

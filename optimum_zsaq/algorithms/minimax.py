@@ -206,7 +206,7 @@ class Minimax:
         self.scales = [p for m in layers for p in (m.weight_scale, m.input_scale) if p is not None]
         self.weights = _unfreeze(student, layers, self.scales)
         self.optimizer = torch.optim.AdamW(self.parameter_groups(), weight_decay=0.0, fused=True)
-        keep_positive(self.optimizer, self.scales)
+        keep_signs(self.optimizer, self.scales)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, partial(warm_cosine, settings.steps))
         self.ascent = torch.optim.Adam(generator.parameters(), settings.generator_learning_rate, maximize=True)
         self.perturbation = Perturbation(student, settings.sharpness)
@@ -362,21 +362,23 @@ def warm_cosine(steps: int, step: int) -> float:
     return 0.5 * (1.0 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
 
 
-def keep_positive(optimizer: torch.optim.Optimizer, scales: list[nn.Parameter]) -> None:
-    """No step of an optimizer more than halves a step size, or takes it below float32's epsilon.
+def keep_signs(optimizer: torch.optim.Optimizer, scales: list[nn.Parameter]) -> None:
+    """No step of an optimizer more than halves a step size, or takes it nearer to zero than float32's epsilon.
 
     So none changes its sign, and one that is pushed down step after step does not become zero, which would have no
     gradient.
     """
-    least: list[Tensor] = []
+    least: list[tuple[Tensor, Tensor]] = []
 
     def before(*_: Any) -> None:
-        least[:] = [torch.maximum(scale.detach() * 0.5, scale.detach().clamp(max=_LEAST)) for scale in scales]
+        sizes = ((scale.detach().sign(), scale.detach().abs()) for scale in scales)
+        least[:] = [(sign, torch.maximum(size * 0.5, size.clamp(max=_LEAST))) for sign, size in sizes]
 
     def after(*_: Any) -> None:
         with torch.no_grad():
-            for scale, bound in zip(scales, least, strict=True):
-                torch.maximum(scale, bound, out=scale)
+            for scale, (sign, bound) in zip(scales, least, strict=True):
+                torch.maximum(scale * sign, bound, out=scale)
+                scale.mul_(sign)
 
     optimizer.register_step_pre_hook(before)
     optimizer.register_step_post_hook(after)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ..layers.common import SCALES
 from ..surgery import low_bit_layers
 from .compensation import CompensationSettings, check_compensable, compensate_units
-from .minimax import keep_positive, warm_cosine
+from .minimax import keep_signs, warm_cosine
 from .replay import Replay, units
 from .stages import OUTPUTS, Memory, Stage, run_stage
 
@@ -207,13 +207,13 @@ class StageTraining:
 def make_optimizer(
     weights: list[nn.Parameter], scales: list[nn.Parameter], settings: ReconstructionSettings
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-    """Optimizer and schedule; step sizes have a rate of their own and stay positive."""
+    """Optimizer and schedule; step sizes have a rate of their own and keep their sign."""
     groups = [
         {"params": weights, "lr": settings.learning_rate},
         {"params": scales, "lr": settings.scale_learning_rate},
     ]
     optimizer = torch.optim.AdamW([g for g in groups if g["params"]], weight_decay=0.0, fused=True)
-    keep_positive(optimizer, scales)
+    keep_signs(optimizer, scales)
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, partial(warm_cosine, settings.steps))
 
 

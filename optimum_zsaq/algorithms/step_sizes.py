@@ -79,7 +79,7 @@ class StepSizes:
     def drift(self) -> float:
         """How far the step sizes are from where they started: the mean of |s - s0| / s0."""
         pairs = ((whole(size.parameter), whole(self.start[size.name])) for size in self.all)
-        moved = [(now - start).abs() / start for now, start in pairs]
+        moved = [((now - start) / start).abs() for now, start in pairs]
         return sum(m.sum().item() for m in moved) / sum(m.numel() for m in moved)
 
     @torch.no_grad()

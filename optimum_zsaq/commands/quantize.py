@@ -63,7 +63,8 @@ class QuantizeCommand(Command):
         parser.add_argument("--group-size", type=int, help="weights that share a scale, with --granularity group")
         parser.add_argument("--asymmetric", action="store_true", help="weights with a zero point")
         parser.add_argument(
-            "--ranges", help="mse, minmax, lsq; ternary at 2 bits; auto for zsaq, mrem (default: mse; zsaq, mrem: auto)"
+            "--ranges",
+            help="mse, minmax, signed, lsq; ternary (2 bits); auto, of zsaq and mrem the default, else mse",
         )
         parser.add_argument("--outliers", type=float, help="share of each matrix kept as float residuals, e.g. 0.005")
         parser.add_argument("--activations", default="dynamic", help="dynamic or static (default: dynamic)")

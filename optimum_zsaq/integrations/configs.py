@@ -22,7 +22,7 @@ from ..surgery import low_bit_layers, tied_row
 
 QUANT_METHOD = "zsaq"
 FORMAT_VERSION = 1
-RANGE_METHODS = ("mse", "minmax", "lsq", "ternary")
+RANGE_METHODS = ("mse", "minmax", "signed", "lsq", "ternary")
 
 ALGORITHMS: dict[str, type["LowBitConfig"]] = {}
 _STORED = ("quant_method", "format_version", "algorithm", "packed", "modules", "recipe")
@@ -39,7 +39,8 @@ class LowBitConfig(QuantizationConfigMixin):
         granularity (`str`): which weights share a scale: "row", "tensor" or "group". Tables have a scale a row, or a group.
         group_size (`int`, *optional*): consecutive weights that share a scale, with granularity="group".
         symmetric (`bool`): weights without (True) or with (False) a zero point.
-        ranges (`str`): how scales are found: "mse", "minmax", "lsq" (LSQ's start value), "ternary" (2 bits, TWN).
+        ranges (`str`): how scales are found: "mse", "minmax", "signed" (mse, some scales negative), "lsq"
+            (LSQ's start value), "ternary" (2 bits, TWN).
         activations (`str`): "dynamic": a range a token, found as it runs; "static": one stored range a layer.
         modules_to_not_convert (`list[str]`, *optional*): runs of name parts, such as "pooler" or "encoder.layer.0", of
             layers that stay float, in addition to heads, which always do.

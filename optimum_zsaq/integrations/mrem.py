@@ -56,7 +56,7 @@ class MREMConfig(LowBitConfig):
             scale a matrix, where it is better, else "compensated".
         start_samples (`int`): texts that "compensated" looks at.
         queue (`int`), forcing (`float`): MREM-P's t0 in batches, and T0 as a share of the steps.
-        ranges (`str`): as in `LowBitConfig`, or "auto": "lsq" for 2 bits with one scale a matrix, else "mse".
+        ranges (`str`): as in `LowBitConfig`, or "auto", see `surgery.range_method`.
         autocast (`str`): dtype of the matmuls while training: "bfloat16", "float32", or "auto": bfloat16 where the
             processor multiplies it. Weights are float32.
         state (`str`, *optional*): file that finished stages (with `parallel`: all stages, every 25 steps) are kept in; a

@@ -53,7 +53,7 @@ class ZSAQConfig(LowBitConfig):
             a `Source` of your own. Its name is stored.
         written_sequences (`int`, *optional*): how many sequences are written, before training, and drawn from; None:
             65,536 tokens.
-        ranges (`str`): as in `LowBitConfig`, or "auto": "lsq" for 2 bits with one scale a matrix, else "mse".
+        ranges (`str`): as in `LowBitConfig`, or "auto", see `surgery.range_method`.
         start (`str`): "compensated": the codes from which training starts make up for each other's errors, see
             `algorithms/compensation.py`; "rounding": each weight is rounded on its own.
         start_sequences (`int`, *optional*): generated sequences that "compensated" looks at; None: 16,384 tokens.

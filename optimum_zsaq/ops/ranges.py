@@ -134,7 +134,26 @@ def _fit(slices: Tensor, found: Range, spec: QuantSpec) -> tuple[Tensor, Tensor]
     return error, inner / norm.clamp(min=1.0)
 
 
-RANGES: dict[str, Callable[[Tensor, QuantSpec], Range]] = {"minmax": minmax, "mse": mse, "lsq": lsq, "ternary": ternary}
+def signed(slices: Tensor, spec: QuantSpec) -> Range:
+    """As "mse"; a symmetric slice that is better off with its one code more on the positive side gets a negative scale.
+
+    Source: AutoRound's symmetric codes (https://github.com/intel/auto-round), our search.
+    """
+    plus = mse(slices, spec)
+    if not spec.symmetric:
+        return plus
+    minus = mse(-slices, spec)
+    better = _fit(-slices, minus, spec)[0] < _fit(slices, plus, spec)[0]
+    return torch.where(better, -minus[0], plus[0]), None
+
+
+RANGES: dict[str, Callable[[Tensor, QuantSpec], Range]] = {
+    "minmax": minmax,
+    "mse": mse,
+    "signed": signed,
+    "lsq": lsq,
+    "ternary": ternary,
+}
 
 
 def find_ranges(weight: Tensor, spec: QuantSpec, ranges: str = "mse") -> Range:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, Trainer
 
-from ..algorithms.minimax import keep_positive
+from ..algorithms.minimax import keep_signs
 from ..layers import PackedEmbedding, PackedLinear
 from ..surgery import low_bit_layers
 
@@ -44,7 +44,7 @@ def make_optimizer(
 ) -> torch.optim.Optimizer:
     """The optimizer of a Trainer's `args`: the Trainer's two groups of weights, and one of step sizes.
 
-    Step sizes have a learning rate of their own, do not decay, and stay positive (see `keep_positive`).
+    Step sizes have a learning rate of their own, do not decay, and keep their sign (see `keep_signs`).
 
     Raises:
         ValueError: it makes groups of its own.
@@ -65,5 +65,5 @@ def make_optimizer(
         group(list(scales), scale_learning_rate, 0.0),
     ]
     optimizer = kind(groups, **options)
-    keep_positive(optimizer, list(scales))
+    keep_signs(optimizer, list(scales))
     return optimizer

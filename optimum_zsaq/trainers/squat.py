@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, Seq2SeqTrainer, Seq2SeqTrainingArgumen
 from transformers.distributed.fsdp import is_fsdp_managed_module
 
 from ..algorithms.alternation import Alternation, AlternationSettings
-from ..algorithms.minimax import MinimaxSettings, discrepancy, keep_positive
+from ..algorithms.minimax import MinimaxSettings, discrepancy, keep_signs
 from ..algorithms.sharpness import SharpnessSettings
 from ..integrations.zero_shot import is_regression
 from ..surgery import low_bit_layers
@@ -119,7 +119,7 @@ class _SharpnessAware(PackedSaving):
         self._counting: bool | None = None
         self._figures: dict[str, list[float]] = defaultdict(list)
         if self.optimizer is not None:
-            keep_positive(self.optimizer, self.alternation.step_sizes.parameters)
+            keep_signs(self.optimizer, self.alternation.step_sizes.parameters)
 
     def _check(self, model: Any, args: Any, teacher: Any, options: dict[str, Any]) -> None:
         refuse = partial(not_followed, type(self))

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from ..algorithms.generators import Generator
-from ..algorithms.minimax import Execution, MinimaxSettings, keep_positive
+from ..algorithms.minimax import Execution, MinimaxSettings, keep_signs
 from ..algorithms.sharpness import SharpnessSettings
 from ..integrations.zero_shot import make_generator, make_minimax
 from ..integrations.zsaq import ZSAQConfig
@@ -158,7 +158,7 @@ class ZSAQTrainer(PackedSaving, Trainer):
         self.minimax = make_minimax(teacher, model, generator, args.settings())
         self._figures: dict[str, list[float]] = defaultdict(list)
         if self.optimizer is not None:
-            keep_positive(self.optimizer, self.minimax.scales)
+            keep_signs(self.optimizer, self.minimax.scales)
 
     def get_train_dataloader(self) -> DataLoader:
         """As many empty batches as there are to make: the data is drawn within a step."""

@@ -9,7 +9,7 @@ from torch import nn
 
 from optimum_zsaq import PreQuantConfig, calibrate, pack, prepare
 from optimum_zsaq.algorithms.generators import Generator, PriorSource, SequenceForm, token_prior
-from optimum_zsaq.algorithms.minimax import Execution, Minimax, MinimaxSettings, discrepancy, warm_cosine
+from optimum_zsaq.algorithms.minimax import Execution, Minimax, MinimaxSettings, discrepancy, keep_signs, warm_cosine
 from optimum_zsaq.algorithms.sharpness import SharpnessSettings
 from optimum_zsaq.surgery import low_bit_layers
 
@@ -254,6 +254,19 @@ class TestTraining:
         before = [scale.clone() for scale in run.scales]
         advance(run, 1)
         assert all((scale >= 0.5 * old).all() for scale, old in zip(run.scales, before, strict=True))
+
+    def test_a_step_size_keeps_its_sign(self):
+        """Of four, two negative, all pushed towards zero and past it."""
+        scale = nn.Parameter(torch.tensor([1.0, -1.0, 1e-7, -1e-7]))
+        optimizer = torch.optim.SGD([scale], lr=10.0)
+        keep_signs(optimizer, [scale])
+        scale.grad = torch.tensor([1.0, -1.0, 1.0, -1.0])
+        optimizer.step()
+        assert torch.equal(scale.detach(), torch.tensor([0.5, -0.5, 1e-7, -1e-7]))
+        scale.grad = torch.tensor([-1.0, 1.0, -1.0, 1.0])
+        optimizer.step()
+        assert (scale.detach().sign() == torch.tensor([1.0, -1.0, 1.0, -1.0])).all()
+        assert (scale.detach().abs() > 5).all()
 
     def test_packs_into_what_was_trained(self):
         run = training()

@@ -96,6 +96,19 @@ class TestEveryKind:
             packed.set_runtime(runtime, "reference")
             assert torch.equal(packed(x), expected)
 
+    @pytest.mark.parametrize("inputs", [None, DYNAMIC], ids=["float", "dynamic"])
+    @pytest.mark.parametrize("spec", weight_specs((2, 4), ternary=False), ids=spec_id)
+    def test_a_negative_scale_turns_the_codes_around(self, name, spec, inputs):
+        packed, x = make(name, LayerSpec(spec, None if name == "embedding" else inputs))
+        packed.set_runtime("fast", "reference")
+        bias, expected = getattr(packed, "bias", None), packed(x)
+        packed.weight_scale.neg_()
+        found = packed(x)
+        offset = torch.zeros(()) if bias is None else 2 * bias
+        assert relative_error(found, offset - expected) <= KERNEL[torch.float32]
+        packed.set_runtime("fast")
+        assert relative_error(packed(x), found) <= KERNEL[torch.float32]
+
     def test_unknown_runtime(self, name):
         packed, _ = make(name, LayerSpec(QuantSpec(4)))
         with pytest.raises(ValueError, match=r"runtime='quick' is unknown; use one of \('fast', 'small'\)"):

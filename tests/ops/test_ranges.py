@@ -9,7 +9,7 @@ from optimum_zsaq.spec import QuantSpec
 
 
 UNIFORM = weight_specs(ternary=False)
-METHODS = ("minmax", "mse", "lsq")
+METHODS = ("minmax", "mse", "signed", "lsq")
 
 
 def squared_error(weight: Tensor, found: ranges.Range, spec: QuantSpec) -> Tensor:
@@ -26,7 +26,7 @@ class TestEveryUniformSpec:
         before = weight.clone()
         scale, zero_point = find_ranges(weight, spec, method)
         assert (scale.dtype, tuple(scale.shape)) == (torch.float32, spec.scale_shape(3, 17))
-        assert (scale > 0).all()
+        assert (scale != 0).all() if method == "signed" else (scale > 0).all()
         if spec.symmetric:
             assert zero_point is None
         else:
@@ -54,8 +54,8 @@ class TestEveryUniformSpec:
 
     @pytest.mark.parametrize("method", METHODS)
     def test_block_by_block_is_the_same(self, spec, method, monkeypatch):
-        if spec.granularity == "tensor" and method == "mse":
-            return self.tensor_wide_mse_block_by_block(spec, monkeypatch)
+        if spec.granularity == "tensor" and method in ("mse", "signed"):
+            return self.tensor_wide_search_block_by_block(spec, method, monkeypatch)
         weight = random_weight(5, 17, 0)
         scale, zero_point = find_ranges(weight, spec, method)
         monkeypatch.setattr(ranges, "_CHUNK", 40)
@@ -64,12 +64,12 @@ class TestEveryUniformSpec:
         assert zero is None or torch.equal(zero, zero_point)
 
     @staticmethod
-    def tensor_wide_mse_block_by_block(spec, monkeypatch):
+    def tensor_wide_search_block_by_block(spec, method, monkeypatch):
         """Sums over blocks round otherwise, so another scale of equal error may win."""
         weight = random_weight(5, 17, 0)
-        error = squared_error(weight, find_ranges(weight, spec, "mse"), spec).sum()
+        error = squared_error(weight, find_ranges(weight, spec, method), spec).sum()
         monkeypatch.setattr(ranges, "_CHUNK", 40)
-        again = squared_error(weight, find_ranges(weight, spec, "mse"), spec).sum()
+        again = squared_error(weight, find_ranges(weight, spec, method), spec).sum()
         assert abs(again / error - 1) < SUM_OF_SQUARES
 
     def test_mse_is_never_worse_than_minmax(self, spec):
@@ -78,6 +78,20 @@ class TestEveryUniformSpec:
             best = squared_error(weight, find_ranges(weight, spec, "mse"), spec).sum()
             plain = squared_error(weight, find_ranges(weight, spec, "minmax"), spec).sum()
             assert best <= plain * (1 + SUM_OF_SQUARES)
+
+    def test_signed_is_never_worse_than_mse_of_either_sign(self, spec):
+        for seed in range(4):
+            weight = random_weight(3, 33, seed)
+            found = find_ranges(weight, spec, "signed")
+            best = squared_error(weight, found, spec).sum()
+            for turned in (weight, -weight):
+                plain = squared_error(turned, find_ranges(turned, spec, "mse"), spec).sum()
+                assert best <= plain * (1 + SUM_OF_SQUARES) or not spec.symmetric
+            if spec.symmetric:
+                there = squared_error(-weight, find_ranges(-weight, spec, "signed"), spec).sum()
+                assert abs(there / best - 1) < SUM_OF_SQUARES
+            else:
+                assert all(map(torch.equal, found, find_ranges(weight, spec, "mse")))
 
     @pytest.mark.parametrize("method", ["minmax", "mse"])
     def test_a_grid_that_fills_the_range_survives(self, spec, method):
@@ -203,9 +217,19 @@ def test_ternary_of_zeros(granularity):
     assert torch.equal(scale, torch.ones(spec.scale_shape(2, 7)))
 
 
+def test_signed_puts_the_code_more_where_the_longest_weight_is():
+    """Levels -2, -1, 0, 1 times a scale of either sign hold both rows exactly; a positive one alone cannot."""
+    weight = torch.tensor([[-2.0, -1.0, 0.0, 1.0], [2.0, 1.0, 0.0, -1.0]]) * 0.25
+    scale, zero_point = find_ranges(weight, QuantSpec(2), "signed")
+    assert zero_point is None
+    assert torch.equal(scale, torch.tensor([[0.25], [-0.25]]))
+    assert torch.equal(fake_quantize(weight, scale, None, QuantSpec(2)), weight)
+
+
 class TestErrors:
     def test_unknown_method(self):
-        with pytest.raises(ValueError, match=r"ranges='max' is unknown; use one of \['lsq', 'minmax', 'mse', 'ternary'\]"):
+        known = r"\['lsq', 'minmax', 'mse', 'signed', 'ternary'\]"
+        with pytest.raises(ValueError, match=f"ranges='max' is unknown; use one of {known}"):
             find_ranges(torch.ones(2, 3), QuantSpec(4), "max")
 
     @pytest.mark.parametrize(
