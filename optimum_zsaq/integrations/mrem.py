@@ -11,8 +11,8 @@ from .zsaq import AUTOCASTS, SHORTEST
 ZERO_SHOT = "zero-shot"
 _SETTINGS = {
     "steps": 120,
-    "learning_rate": 3e-4,
-    "scale_learning_rate": 3e-4,
+    "learning_rate": None,
+    "scale_learning_rate": None,
     "targets": "all",
     "output_weight": 1.0,
     "start": "auto",
@@ -31,6 +31,7 @@ _OWN = {
     "offload": False,
     "timeout": 600.0,
 }
+_RATES = {False: 3e-4, True: 1e-4}  # by whether weights have 4 bits or more
 _NOT_STORED = ("state", "cache_limit", "offload", "timeout")
 
 
@@ -49,7 +50,8 @@ class MREMConfig(LowBitConfig):
         sequence_length (`int`, *optional*): tokens of a text that count; None: 128.
         parallel (`bool`): False: one stage after the other, each on the outputs of the quantized stages before it (MREM-S).
             True: all stages at once, fed by queues (MREM-P); under torchrun each process trains one or more of them.
-        learning_rate, scale_learning_rate (`float`): of the weights, and of the step sizes of weights and static inputs.
+        learning_rate, scale_learning_rate (`float`, *optional*): of the weights, and of the step sizes of weights and
+            static inputs; None: 3e-4 below 4 bits, where more is to be won, else 1e-4.
         targets (`str`), output_weight (`float`): which outputs are learned, see `ReconstructionSettings`.
         start (`str`): "compensated": the codes from which a stage's training starts make up for each other's errors;
             "rounding": each weight is rounded on its own; "auto": "rounding" for ternary weights and for 2 bits with one
@@ -132,6 +134,8 @@ class MREMConfig(LowBitConfig):
         """What `algorithms/reconstruction.py` is given, for a model cut into that many stages."""
         batches = -(-self.start_samples // self.batch_size)
         own = {**{name: getattr(self, name) for name in _SETTINGS}, "start": self._start()}
+        for name in ("learning_rate", "scale_learning_rate"):
+            own[name] = _RATES[self.weight_bits >= 4] if own[name] is None else own[name]
         cache = None if self.cache_limit is None else int(self.cache_limit * 2**30)
         return ReconstructionSettings(stages=stages, start_batches=batches, cache=cache, seed=self.seed, **own)
 

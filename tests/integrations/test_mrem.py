@@ -338,6 +338,12 @@ class TestRefused:
         with pytest.raises(ValueError, match="start='compensated' does not go with ranges='ternary'"):
             MREMConfig(ranges="ternary", weight_bits=2, start="compensated")
 
+    @pytest.mark.parametrize(("bits", "rate"), [(2, 3e-4), (3, 3e-4), (4, 1e-4), (8, 1e-4)])
+    def test_rates_go_with_the_width(self, bits, rate):
+        settings = MREMConfig(weight_bits=bits).settings(1)
+        assert (settings.learning_rate, settings.scale_learning_rate) == (rate, rate)
+        assert MREMConfig(weight_bits=bits, learning_rate=1e-3).settings(1).learning_rate == 1e-3
+
     def test_is_registered(self):
         assert ALGORITHMS["mrem"] is MREMConfig
         config = MREMConfig(stages=3, weight_bits=2)
