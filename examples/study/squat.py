@@ -5,7 +5,8 @@ alternate, from batch to batch), "float" (the float model that all start from). 
 evaluations: an epoch of "squat" takes 1.5 a step, so "lsq" gets 1.5 epochs and "sam" 0.75; "lsq-steps" and "sam-steps" get
 one epoch, as many steps as "squat". Tasks: "sst2", a fixed subset of 8,000 training sentences, and "cola", whole. Seeds
 decide the order of batches and dropout, of the float model too. Dev is measured once; what was tuned, was on a slice of
-the training set (`tuning` in a cell's settings). DATA has `glue/SST-2`, `glue/CoLA` and `models/all-MiniLM-L6-v2`.
+the training set (`tuning` in a cell's settings; methods with a "+" are that search). DATA has `glue/SST-2`, `glue/CoLA`
+and `models/all-MiniLM-L6-v2`.
 """
 
 import tempfile
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from runner import Cell
-from squat_tables import SCHEMES, SEEDS, all_tables
+from squat_tables import SCHEMES, SEARCH, SEEDS, all_tables
 from zsaq import fields
 
 
@@ -32,7 +33,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "lsq-steps": {"rho": 0.0, "num_train_epochs": 1.0},
     "sam-steps": {"alternate": "none", "num_train_epochs": 1.0},
 }
-RHO = 0.05
+RHO = 0.01
 _SHARP = 96  # dev sentences that sharpness is measured on
 
 
@@ -41,8 +42,13 @@ def cells() -> list[Cell]:
     found = []
     for schemes, seeds in ((SCHEMES[:2], SEEDS[:1]), (SCHEMES[2:], SEEDS[:1]), (SCHEMES, SEEDS[1:])):
         found += [Cell(m, s, t, n) for n in seeds for t in TASKS for s in schemes for m in ("lsq", "squat", "sam")]
+    found += [_searched(method, options) for method, options in SEARCH.items()]
     found += [Cell("float", "float", task, seed) for seed in SEEDS for task in TASKS]
     return found + [Cell(m, s, t) for s in SCHEMES for t in TASKS for m in ("lsq-steps", "sam-steps")]
+
+
+def _searched(method: str, options: dict[str, Any]) -> Cell:
+    return Cell(method, SCHEMES[0], TASKS[0], 0, {"tuning": True, **options})
 
 
 def run_cell(cell: Cell, data: Path) -> dict[str, Any]:
@@ -59,7 +65,9 @@ def run_cell(cell: Cell, data: Path) -> dict[str, Any]:
     if settings.pop("start", "float") == "pretrained":
         folder = data / MODEL
     model = _load(folder, **{**fields(cell.scheme), **settings.pop("config", {})})
-    run = trainer(model, train, data, seed=cell.seed, **{**RECIPE, "rho": RHO, **METHODS[cell.method], **settings})
+    run = trainer(
+        model, train, data, seed=cell.seed, **{**RECIPE, "rho": RHO, **METHODS[cell.method.split("+")[0]], **settings}
+    )
     run.train()
     last = next((entry for entry in reversed(run.state.log_history) if "loss" in entry), {})
     found = {

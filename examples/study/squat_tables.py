@@ -20,12 +20,26 @@ METHODS = {
     "lsq-steps": "LSQ-QAT, as many steps as SQuAT",
     "sam-steps": "+ SAM, as many steps as SQuAT",
 }
+SEARCH: dict[str, dict[str, Any]] = {
+    "lsq+rate=1e-4": {},
+    "lsq+rate=3e-4": {"learning_rate": 3e-4, "scale_learning_rate": 3e-4},
+    "squat+rho=0.005": {"rho": 0.005},
+    "squat+rho=0.01": {"rho": 0.01},
+    "squat+rho=0.05": {"rho": 0.05},
+    "squat+rho=0.01+rate=3e-4": {"rho": 0.01, "learning_rate": 3e-4, "scale_learning_rate": 3e-4},
+    "squat+rho=0.01+scale_rate=1e-3": {"rho": 0.01, "scale_learning_rate": 1e-3},
+    "squat+asam+rho=0.2": {"rho": 0.2, "adaptive": True},
+    "squat+latent+rho=0.01": {"rho": 0.01, "perturb": "latent"},
+    "squat+step+rho=0.01": {"rho": 0.01, "alternate": "step", "num_train_epochs": 0.75},
+    "squat+step+climb_every=5+rho=0.01": {"rho": 0.01, "alternate": "step", "climb_every": 5, "num_train_epochs": 1.25},
+    "sam+rho=0.01": {"rho": 0.01},
+}
 RISES = ("one_step", "projected", "random_mean")
 
 
 def all_tables(rows: Rows) -> dict[str, str]:
     """Every table that has a line, by name, as Markdown."""
-    makers: Sequence[Callable[[Rows], list]] = (scores, sharpness, cost)
+    makers: Sequence[Callable[[Rows], list]] = (scores, search, sharpness, cost)
     found = {maker.__name__: markdown(*maker(rows)) for maker in makers if maker(rows)[1]}
     return {**found, "circumstances": circumstances(rows)} if rows else {}
 
@@ -85,6 +99,24 @@ def scores(rows: Rows) -> tuple[list[str], list[list[str]]]:
         "steps",
         "gradient evaluations",
         "seeds",
+    ]
+    return header, found
+
+
+def search(rows: Rows) -> tuple[list[str], list[list[str]]]:
+    """What was tried on held-out training sentences, at equal gradient evaluations."""
+    found = []
+    for method in SEARCH:
+        if row := rows.get(f"sst2/{method}/{SCHEMES[0]}/0"):
+            figures = [f"{100 * row['accuracy']:.1f}", f"{row['dev_loss']:.4f}", f"{row['radii']['one_step']:.2f}"]
+            found.append([method.replace("+", ", "), *figures, str(row["steps"]), str(row["evaluations"])])
+    header = [
+        "setting",
+        "held-out accuracy, %",
+        "held-out loss",
+        "rise of the loss, one ascent step",
+        "steps",
+        "evaluations",
     ]
     return header, found
 
