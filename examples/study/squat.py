@@ -18,6 +18,8 @@ from typing import Any
 
 from runner import Cell
 from squat_tables import SCHEMES, SEARCH, SEEDS, all_tables
+from squat_writers import TASKS as WRITERS
+from squat_writers import run_writer, writer_cells
 from zsaq import fields
 
 
@@ -42,6 +44,7 @@ def cells() -> list[Cell]:
     found = []
     for schemes, seeds in ((SCHEMES[:2], SEEDS[:1]), (SCHEMES[2:], SEEDS[:1]), (SCHEMES, SEEDS[1:])):
         found += [Cell(m, s, t, n) for n in seeds for t in TASKS for s in schemes for m in ("lsq", "squat", "sam")]
+    found += writer_cells()
     found += [_searched(method, options) for method, options in SEARCH.items()]
     found += [Cell("float", "float", task, seed) for seed in SEEDS for task in TASKS]
     return found + [Cell(m, s, t) for s in SCHEMES for t in TASKS for m in ("lsq-steps", "sam-steps")]
@@ -54,6 +57,8 @@ def _searched(method: str, options: dict[str, Any]) -> Cell:
 def run_cell(cell: Cell, data: Path) -> dict[str, Any]:
     """Train and measure. `settings` may have "tuning" (measure on a slice of the training set), fields of the arguments,
     "config" (fields of the config) and "start" ("float" or "pretrained")."""
+    if cell.task in WRITERS:
+        return run_writer(cell, data, RHO)
     settings = dict(cell.settings)
     tuning = settings.pop("tuning", False)
     train, dev = sentences(cell.task, data, tuning)

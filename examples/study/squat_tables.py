@@ -39,7 +39,7 @@ RISES = ("one_step", "projected", "random_mean")
 
 def all_tables(rows: Rows) -> dict[str, str]:
     """Every table that has a line, by name, as Markdown."""
-    makers: Sequence[Callable[[Rows], list]] = (scores, search, sharpness, cost)
+    makers: Sequence[Callable[[Rows], list]] = (scores, search, sharpness, cost, writers)
     found = {maker.__name__: markdown(*maker(rows)) for maker in makers if maker(rows)[1]}
     return {**found, "circumstances": circumstances(rows)} if rows else {}
 
@@ -129,6 +129,18 @@ def sharpness(rows: Rows) -> tuple[list[str], list[list[str]]]:
             means = [sum(cell["radii"][name] for cell in cells) / len(cells) for name in ("loss", *RISES)]
             found.append([TASKS[task][0], scheme, METHODS[method], *(f"{value:.4f}" for value in means)])
     return ["task", "scheme", "method", "loss", "one ascent step", "projected ascent", "random, mean"], found
+
+
+def writers(rows: Rows) -> tuple[list[str], list[list[str]]]:
+    """The decoder and the encoder-decoder model."""
+    found = []
+    for task, name in (("wikitext", "perplexity"), ("g2p", "error_rate")):
+        for method in ("rounding", "lsq", "squat"):
+            if row := rows.get(f"{task}/{method}/w3a8e8-row/0"):
+                title = METHODS.get(method, method)
+                figure = f"{row[name]:.3f}" if task == "wikitext" else f"{100 * row[name]:.2f} %"
+                found.append([task, title, figure, str(row.get("steps", "")), f"{row['cpu_seconds']:.0f}"])
+    return ["task", "method", "perplexity, phoneme error", "steps", "CPU s"], found
 
 
 def cost(rows: Rows) -> tuple[list[str], list[list[str]]]:
