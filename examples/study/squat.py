@@ -18,6 +18,7 @@ from typing import Any
 
 from runner import Cell
 from squat_tables import SCHEMES, SEARCH, SEEDS, all_tables
+from squat_torchao import fake_quantized, peer_cells
 from squat_writers import TASKS as WRITERS
 from squat_writers import run_writer, writer_cells
 from zsaq import fields
@@ -44,7 +45,7 @@ def cells() -> list[Cell]:
     found = []
     for schemes, seeds in ((SCHEMES[:2], SEEDS[:1]), (SCHEMES[2:], SEEDS[:1]), (SCHEMES, SEEDS[1:])):
         found += [Cell(m, s, t, n) for n in seeds for t in TASKS for s in schemes for m in ("lsq", "squat", "sam")]
-    found += writer_cells()
+    found += [*writer_cells(), *peer_cells()]
     found += [_searched(method, options) for method, options in SEARCH.items()]
     found += [Cell("float", "float", task, seed) for seed in SEEDS for task in TASKS]
     return found + [Cell(m, s, t) for s in SCHEMES for t in TASKS for m in ("lsq-steps", "sam-steps")]
@@ -69,7 +70,9 @@ def run_cell(cell: Cell, data: Path) -> dict[str, Any]:
     start = time.process_time()
     if settings.pop("start", "float") == "pretrained":
         folder = data / MODEL
-    model = _load(folder, **{**fields(cell.scheme), **settings.pop("config", {})})
+    if cell.method.startswith("torchao"):
+        return _peer(cell, folder, train, dev, data)
+    model = _load(folder, **{**_scheme(cell.scheme), **settings.pop("config", {})})
     run = trainer(
         model, train, data, seed=cell.seed, **{**RECIPE, "rho": RHO, **METHODS[cell.method.split("+")[0]], **settings}
     )
@@ -82,6 +85,27 @@ def run_cell(cell: Cell, data: Path) -> dict[str, Any]:
         **{name: last[name] for name in ("loss", "sharpness", "scale_drift", "clipped") if name in last},
     }
     return {**_measured(run.model, dev, data), **found, "radii": sharpness(run.model, dev[:_SHARP], data)}
+
+
+def _scheme(name: str) -> dict[str, Any]:
+    """The fields of a config; "ef": embeddings stay float."""
+    found = fields(name.replace("ef-", "e8-"))
+    return {**found, "embedding_bits": None} if "ef-" in name else found
+
+
+def _peer(cell: Cell, folder: Path, train: list[dict], dev: list[dict], data: Path) -> dict[str, Any]:
+    """torchao's training, with as many steps as "lsq"."""
+    import transformers
+
+    from optimum_zsaq import SQuATConfig
+
+    start = time.process_time()
+    model = fake_quantized(_load(folder), SQuATConfig(**_scheme(cell.scheme)), cell.method == "torchao-range")
+    settings = {"learning_rate": RECIPE["learning_rate"], "num_train_epochs": METHODS["lsq"]["num_train_epochs"]}
+    run = _make_trainer(transformers.Trainer, transformers.TrainingArguments, model, train, data, cell.seed, settings)
+    run.train()
+    found = {"steps": run.state.global_step, "evaluations": run.state.global_step}
+    return {**_measured(run.model, dev, data), **found, "cpu_seconds": round(time.process_time() - start, 1)}
 
 
 # Data ----------------------------------------------------------------------------------------------------------------

@@ -39,7 +39,7 @@ RISES = ("one_step", "projected", "random_mean")
 
 def all_tables(rows: Rows) -> dict[str, str]:
     """Every table that has a line, by name, as Markdown."""
-    makers: Sequence[Callable[[Rows], list]] = (scores, search, sharpness, cost, writers)
+    makers: Sequence[Callable[[Rows], list]] = (scores, search, sharpness, cost, writers, torchao)
     found = {maker.__name__: markdown(*maker(rows)) for maker in makers if maker(rows)[1]}
     return {**found, "circumstances": circumstances(rows)} if rows else {}
 
@@ -141,6 +141,18 @@ def writers(rows: Rows) -> tuple[list[str], list[list[str]]]:
                 figure = f"{row[name]:.3f}" if task == "wikitext" else f"{100 * row[name]:.2f} %"
                 found.append([task, title, figure, str(row.get("steps", "")), f"{row['cpu_seconds']:.0f}"])
     return ["task", "method", "perplexity, phoneme error", "steps", "CPU s"], found
+
+
+def torchao(rows: Rows) -> tuple[list[str], list[list[str]]]:
+    """torchao's training beside ours, SST-2."""
+    titles = {**METHODS, "torchao": "torchao", "torchao-range": "torchao, learned ranges"}
+    found = []
+    for bits in (4, 3, 2):
+        for method in ("lsq", "squat", "torchao", "torchao-range"):
+            if row := rows.get(f"sst2/{method}/w{bits}a8ef-row/0"):
+                figures = [f"{100 * row['accuracy']:.2f}", f"{row['dev_loss']:.4f}", str(row["evaluations"])]
+                found.append([f"W{bits}A8", titles[method], *figures, f"{row['cpu_seconds'] / row['evaluations']:.2f}"])
+    return ["scheme", "method", "dev accuracy, %", "dev loss", "gradient evaluations", "CPU s an evaluation"], found
 
 
 def cost(rows: Rows) -> tuple[list[str], list[list[str]]]:
