@@ -1,7 +1,7 @@
 """Fine-tune a text classifier in low bits, sharpness-aware (SQuAT), in the style of transformers' run_glue.py.
 
     python examples/finetune_squat.py --model bert-base-uncased --train-file train.tsv --validation-file dev.tsv \
-        --weight-bits 2 --embedding-bits 2 --output-dir out --num-train-epochs 3 --rho 0.05
+        --weight-bits 2 --embedding-bits 2 --output-dir out --num-train-epochs 3 --rho 0.01
 
 Files are TSV, CSV, JSON(L) or parquet with a header; `--dataset nyu-mll/glue --subset sst2` takes a dataset instead. Labels
 are classes, by number or name, or floats (regression). `--rho 0` is plain training with learned step sizes.
