@@ -38,10 +38,11 @@ RISES = ("one_step", "projected", "random_mean")
 
 
 def all_tables(rows: Rows) -> dict[str, str]:
-    """Every table that has a line, by name, as Markdown."""
+    """Every table by name, as Markdown."""
     makers: Sequence[Callable[[Rows], list]] = (scores, search, sharpness, cost, writers, torchao)
-    found = {maker.__name__: markdown(*maker(rows)) for maker in makers if maker(rows)[1]}
-    return {**found, "circumstances": circumstances(rows)} if rows else {}
+    made = {maker.__name__: maker(rows) for maker in makers}
+    found = {name: markdown(*table) if table[1] else "No cell of these is finished yet." for name, table in made.items()}
+    return {**found, "circumstances": circumstances(rows)}
 
 
 def cells_of(rows: Rows, task: str, method: str, scheme: str) -> list[dict[str, Any]]:

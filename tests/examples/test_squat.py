@@ -57,10 +57,10 @@ def test_cells_take_as_many_evaluations_as_each_other(study, data):
     found = {row_id.split("/")[1]: row["evaluations"] for row_id, row in rows.items() if "evaluations" in row}
     assert found == {"lsq": 12, "squat": 12, "sam": 12}
     tables = study.tables(rows)
-    assert set(tables) == {"scores", "sharpness", "cost", "circumstances"}
+    assert set(tables) == {"scores", "search", "sharpness", "cost", "writers", "torchao", "circumstances"}
     assert tables["scores"].count("\n") == 5
     assert "SQuAT" in tables["sharpness"]
-    assert study.tables({}) == {}
+    assert study.tables({})["scores"] == tables["writers"] == "No cell of these is finished yet."
 
 
 def test_what_is_tuned_on_is_not_trained_on(study, data):

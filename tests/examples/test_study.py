@@ -165,14 +165,17 @@ def test_fill_errors(study, text, message):
         tables.fill(text, {"one": "new"})
 
 
-@pytest.mark.parametrize("name", ["prequant", "zsaq", "mrem", "weight_only", "autoround"])
+STUDIES = ["prequant", "zsaq", "mrem", "weight_only", "autoround", "squat"]
+
+
+@pytest.mark.parametrize("name", STUDIES)
 def test_tables_in_the_docs_are_those_of_the_results(name):
     command = [sys.executable, STUDY / "tables.py", name, "--results", ROOT / "docs/results", "--check", "--write"]
     done = subprocess.run([*command, ROOT / f"docs/methods/{name}.md"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("name", ["prequant", "zsaq", "mrem", "weight_only", "autoround"])
+@pytest.mark.parametrize("name", STUDIES)
 def test_results_are_of_cells_that_the_study_has(study, name):
     """All of them, but for the studies that still grow."""
     rows = study.read_results(ROOT / f"docs/results/{name}.jsonl")
