@@ -1,9 +1,9 @@
 """MREM-S beside AutoRound: weights alone, 2, 3 and 4 bits, groups of 32, symmetric; the same layers and the same texts.
 
-Methods: "rounding" (`PreQuantConfig`), "mrem-s" (`OURS`), "autoround" (its 200 iterations a
-block) and "autoround-equal" (so many iterations that it takes no more CPU time than "mrem-s"). AutoRound stacks its
-samples, so all have one length: shorter ones are padded (and masked), longer ones cut. Needs `pip install auto-round`.
-Seconds are those of loading and quantizing. The data folder is that of the study `mrem`.
+Methods: "rounding" (`PreQuantConfig`; "rounding-signed" with the ranges of that name), "mrem-s" (`OURS`), "autoround" (its
+200 iterations a block) and "autoround-equal" (so many iterations that it takes no more CPU time than "mrem-s"). AutoRound
+stacks its samples, so all have one length: shorter ones are padded (and masked), longer ones cut. Needs
+`pip install auto-round`. Seconds are those of loading and quantizing. The data folder is that of the study `mrem`.
 """
 
 import time
@@ -30,6 +30,7 @@ OURS = {  # of the language model one block a stage, tried on validation text
 FLOAT = {"wikitext": None, "sst2": ["pooler", "classifier"]}  # AutoRound takes blocks alone
 METHODS = {
     "rounding": "rounding",
+    "rounding-signed": "rounding, scales of either sign",
     "mrem-s": "**MREM-S**",
     "autoround-equal": "AutoRound, at most that time",
     "autoround": "AutoRound, 200 iterations",
@@ -38,7 +39,7 @@ METHODS = {
 
 def cells() -> list[Cell]:
     """What decides at equal time first."""
-    parts = (("mrem-s", "autoround-equal"), ("rounding", "autoround"))
+    parts = (("mrem-s", "autoround-equal"), ("rounding", "rounding-signed"), ("autoround",))
     return [Cell(method, f"w{bits}-sym", task) for part in parts for bits in BITS for task in TASKS for method in part]
 
 
@@ -76,7 +77,7 @@ def _config(cell: Cell, data: Path) -> Any:
         "modules_to_not_convert": FLOAT[cell.task],
     }
     if cell.method != "mrem-s":
-        return PreQuantConfig(**scheme)
+        return PreQuantConfig(**scheme, ranges="signed" if cell.method == "rounding-signed" else "mse")
     texts = calibration_texts(cell, data, 1024)
     given = {"calibration_data": texts, "calibration_samples": len(texts), "seed": cell.seed}
     return MREMConfig(**scheme, **OURS[cell.task], **given)
