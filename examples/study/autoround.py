@@ -146,7 +146,7 @@ def _samples(cell: Cell, data: Path) -> tuple[list[dict[str, Any]], Any]:
 
 def tables(rows: dict[str, dict[str, Any]]) -> dict[str, str]:
     """The tables of docs/methods/autoround.md, by name."""
-    return {maker.__name__: maker(rows) for maker in (wikitext, sst2, circumstances)}
+    return {maker.__name__: maker(rows) for maker in (wikitext, paired, sst2, circumstances)}
 
 
 def _table(rows: dict[str, dict[str, Any]], task: str, header: list[str], figures: Any) -> str:
@@ -163,6 +163,23 @@ def wikitext(rows: dict[str, dict[str, Any]]) -> str:
     """The language model."""
     header = [f"perplexity (float: {FLOAT_PERPLEXITY['wikitext']})", "KL"]
     return _table(rows, "wikitext", header, lambda row: [f"{row['perplexity']:.3f}", f"{row['kl']:.4f}"])
+
+
+def paired(rows: dict[str, dict[str, Any]]) -> str:
+    """The language model's perplexity beside AutoRound's at equal time, window by window."""
+    import math
+
+    import numpy as np
+    from bootstrap import paired_interval
+
+    found = []
+    for bits in sorted(BITS, reverse=True):
+        pair = [rows.get(f"wikitext/{method}/w{bits}-sym/0") for method in ("mrem-s", "autoround-equal")]
+        if all(pair):
+            change = paired_interval(*(np.array(row["window_loss"]) for row in pair))
+            mean, low, high = (100 * math.expm1(value) for value in change)
+            found.append([f"W{bits}", f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]"])
+    return markdown(["weights", "perplexity of MREM-S beyond AutoRound's, % [95 %]"], found)
 
 
 def sst2(rows: dict[str, dict[str, Any]]) -> str:
