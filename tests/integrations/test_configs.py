@@ -31,7 +31,10 @@ RAISES = {
         {"granularity": "column"},
         r"granularity='column' is not allowed; use one of \('row', 'tensor'",
     ),
-    "ranges": ({"ranges": "max"}, r"ranges='max' is not allowed; use one of \('mse', 'minmax', 'lsq', 'ternary'\)"),
+    "ranges": (
+        {"ranges": "max"},
+        r"ranges='max' is not allowed; use one of \('mse', 'minmax', 'signed', 'lsq', 'ternary'\)",
+    ),
     "activations": ({"activations": "off"}, r"activations='off' is not allowed; use one of \('dynamic', 'static'\)"),
     "runtime": ({"runtime": "slow"}, r"runtime='slow' is unknown; use one of \('fast', 'small'\)"),
     "kernel": ({"kernel": "int5"}, r"kernel='int5' is unknown; use one of \[.*'int4', 'int8', 'reference'\], or None"),
