@@ -1,7 +1,7 @@
 """MREM-S beside AutoRound: weights alone, 2, 3 and 4 bits, groups of 32, symmetric; the same layers and the same texts.
 
 Methods: "rounding" (`PreQuantConfig`; "rounding-signed" with the ranges of that name), "mrem-s" (`OURS`), "autoround" (its
-200 iterations a block) and "autoround-equal" (so many iterations that it takes no more CPU time than "mrem-s"). AutoRound
+200 iterations a block) and "autoround-equal" (as many iterations as take about the CPU time of "mrem-s"). AutoRound
 stacks its samples, so all have one length: shorter ones are padded (and masked), longer ones cut. Needs
 `pip install auto-round`. Seconds are those of loading and quantizing. The data folder is that of the study `mrem`.
 """
@@ -22,7 +22,7 @@ TASKS = ("wikitext", "sst2")
 LENGTH = {"wikitext": 128, "sst2": 32}  # tokens of AutoRound's samples
 BATCH = {"wikitext": 8, "sst2": 32}  # of AutoRound: 1,024 tokens
 ITERATIONS = 200  # AutoRound's default
-EQUAL = {"wikitext": 310, "sst2": 80}  # iterations: no more time than "mrem-s"
+EQUAL = {"wikitext": 310, "sst2": 80}  # iterations: about the time of "mrem-s"
 OURS = {  # of the language model one block a stage, tried on validation text
     "wikitext": {"stages": 8, "steps": 240, "batch_size": 8, "start_samples": 64},
     "sst2": SETTINGS,
@@ -32,7 +32,7 @@ METHODS = {
     "rounding": "rounding",
     "rounding-signed": "rounding, scales of either sign",
     "mrem-s": "**MREM-S**",
-    "autoround-equal": "AutoRound, at most that time",
+    "autoround-equal": "AutoRound, about that time",
     "autoround": "AutoRound, 200 iterations",
 }
 

@@ -59,7 +59,7 @@ def run_cell(cell: Cell, data: Path) -> dict[str, Any]:
     """Train and measure. `settings` may have "tuning" (measure on a slice of the training set), fields of the arguments,
     "config" (fields of the config) and "start" ("float" or "pretrained")."""
     if cell.task in WRITERS:
-        return run_writer(cell, data, RHO)
+        return run_writer(cell, data, {**RECIPE, "rho": RHO})
     settings = dict(cell.settings)
     tuning = settings.pop("tuning", False)
     train, dev = sentences(cell.task, data, tuning)
@@ -72,10 +72,9 @@ def run_cell(cell: Cell, data: Path) -> dict[str, Any]:
         folder = data / MODEL
     if cell.method.startswith("torchao"):
         return _peer(cell, folder, train, dev, data)
-    model = _load(folder, **{**_scheme(cell.scheme), **settings.pop("config", {})})
-    run = trainer(
-        model, train, data, seed=cell.seed, **{**RECIPE, "rho": RHO, **METHODS[cell.method.split("+")[0]], **settings}
-    )
+    model = _load(folder, **{**fields(cell.scheme), **settings.pop("config", {})})
+    settings = {**RECIPE, "rho": RHO, **METHODS[cell.method.split("+")[0]], **settings}
+    run = trainer(model, train, data, seed=cell.seed, **settings)
     run.train()
     last = next((entry for entry in reversed(run.state.log_history) if "loss" in entry), {})
     found = {
@@ -87,12 +86,6 @@ def run_cell(cell: Cell, data: Path) -> dict[str, Any]:
     return {**_measured(run.model, dev, data), **found, "radii": sharpness(run.model, dev[:_SHARP], data)}
 
 
-def _scheme(name: str) -> dict[str, Any]:
-    """The fields of a config; "ef": embeddings stay float."""
-    found = fields(name.replace("ef-", "e8-"))
-    return {**found, "embedding_bits": None} if "ef-" in name else found
-
-
 def _peer(cell: Cell, folder: Path, train: list[dict], dev: list[dict], data: Path) -> dict[str, Any]:
     """torchao's training, with as many steps as "lsq"."""
     import transformers
@@ -100,7 +93,7 @@ def _peer(cell: Cell, folder: Path, train: list[dict], dev: list[dict], data: Pa
     from optimum_zsaq import SQuATConfig
 
     start = time.process_time()
-    model = fake_quantized(_load(folder), SQuATConfig(**_scheme(cell.scheme)), cell.method == "torchao-range")
+    model = fake_quantized(_load(folder), SQuATConfig(**fields(cell.scheme)), cell.method == "torchao-range")
     settings = {"learning_rate": RECIPE["learning_rate"], "num_train_epochs": METHODS["lsq"]["num_train_epochs"]}
     run = _make_trainer(transformers.Trainer, transformers.TrainingArguments, model, train, data, cell.seed, settings)
     run.train()

@@ -6,6 +6,8 @@ from typing import Any
 import numpy as np
 from bootstrap import from_bitmap, paired_interval
 from prequant_tables import circumstances, markdown
+from squat_torchao import METHODS as PEERS
+from squat_torchao import SCHEMES as PEER_SCHEMES
 
 
 Rows = dict[str, dict[str, Any]]
@@ -148,11 +150,11 @@ def torchao(rows: Rows) -> tuple[list[str], list[list[str]]]:
     """torchao's training beside ours, SST-2."""
     titles = {**METHODS, "torchao": "torchao", "torchao-range": "torchao, learned ranges"}
     found = []
-    for bits in (4, 3, 2):
-        for method in ("lsq", "squat", "torchao", "torchao-range"):
-            if row := rows.get(f"sst2/{method}/w{bits}a8ef-row/0"):
+    for scheme in PEER_SCHEMES:
+        for method in PEERS:
+            if row := rows.get(f"sst2/{method}/{scheme}/0"):
                 figures = [f"{100 * row['accuracy']:.2f}", f"{row['dev_loss']:.4f}", str(row["evaluations"])]
-                found.append([f"W{bits}A8", titles[method], *figures, f"{row['cpu_seconds'] / row['evaluations']:.2f}"])
+                found.append([scheme, titles[method], *figures, f"{row['cpu_seconds'] / row['evaluations']:.2f}"])
     return ["scheme", "method", "dev accuracy, %", "dev loss", "gradient evaluations", "CPU s an evaluation"], found
 
 

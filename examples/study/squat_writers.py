@@ -21,7 +21,6 @@ SCHEME = "w3a8e8-row"
 TASKS = ("wikitext", "g2p")
 METHODS = ("rounding", "lsq", "squat")
 EVALUATIONS = 300
-RECIPE = {"learning_rate": 1e-4, "scale_learning_rate": 1e-4}
 BATCH = {"wikitext": 4, "g2p": 64}
 STEPS = {"lsq": EVALUATIONS, "squat": EVALUATIONS * 2 // 3}
 _WINDOW, _WORDS = 256, 6400
@@ -32,8 +31,8 @@ def writer_cells() -> list[Cell]:
     return [Cell(method, SCHEME, task) for task in TASKS for method in METHODS]
 
 
-def run_writer(cell: Cell, data: Path, rho: float) -> dict[str, Any]:
-    """Fine-tune and measure, as `prequant.py` does."""
+def run_writer(cell: Cell, data: Path, recipe: dict[str, float]) -> dict[str, Any]:
+    """Fine-tune by a recipe of `SQuATArguments`, and measure as `prequant.py` does."""
     import torch
     import transformers
 
@@ -46,18 +45,17 @@ def run_writer(cell: Cell, data: Path, rho: float) -> dict[str, Any]:
     config = kind(**fields(cell.scheme))
     model = model_class.from_pretrained(data / path, quantization_config=config, dtype=torch.float32)
     start = time.process_time()
-    figures = {} if cell.method == "rounding" else _train(model, cell, data, rho)
+    figures = {} if cell.method == "rounding" else _train(model, cell, data, recipe)
     figures["cpu_seconds"] = round(time.process_time() - start, 1)
     return {**_MEASURES[cell.task](model.eval(), reference, data), **figures}
 
 
-def _train(model: Any, cell: Cell, data: Path, rho: float) -> dict[str, Any]:
+def _train(model: Any, cell: Cell, data: Path, recipe: dict[str, float]) -> dict[str, Any]:
     from optimum_zsaq import SQuATArguments, SQuATTrainer
 
     args = SQuATArguments(
         tempfile.mkdtemp(prefix="squat-"),
-        **RECIPE,
-        rho=rho if cell.method == "squat" else 0.0,
+        **{**recipe, **({"rho": 0.0} if cell.method == "lsq" else {})},
         max_steps=STEPS[cell.method],
         per_device_train_batch_size=BATCH[cell.task],
         warmup_steps=0.1,

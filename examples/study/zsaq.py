@@ -66,11 +66,12 @@ def _others() -> list[Cell]:
 
 
 def fields(scheme: str) -> dict[str, Any]:
-    """The config of "w2a8e4-tensor"."""
+    """The config of "w2a8e4-tensor"; "ef": embeddings stay float."""
     widths, granularity = scheme.split("-")
     weight, rest = widths[1:].split("a")
     activation, embedding = rest.split("e")
-    bits = {"weight_bits": int(weight), "activation_bits": int(activation), "embedding_bits": int(embedding)}
+    bits = {"weight_bits": int(weight), "activation_bits": int(activation)}
+    bits["embedding_bits"] = None if embedding == "f" else int(embedding)
     return {**bits, "granularity": granularity}
 
 

@@ -13,8 +13,8 @@ class SQuATConfig(LowBitConfig):
     `SQuATTrainer.save_model` writes is packed.
 
     Args:
-        ranges (`str`): start values of the weights' step sizes: as in `LowBitConfig`, or "auto": "lsq" for 2 bits with one
-            scale a matrix, else "mse".
+        ranges (`str`): start values of the weights' step sizes: as in `LowBitConfig`, or "auto", see
+            `surgery.range_method`.
         activations (`str`): "dynamic": a range a token, found as it runs, nothing to learn; "static": one a layer, whose
             step size is learned from where `calibration_data`, best of the task's training texts, put it.
         packed (`bool`): False by default: to be trained.

@@ -125,7 +125,7 @@ def test_interrupted_run_keeps_what_is_finished(study, tmp_path):
     while not (marker.exists() and IDS[2] in marker.read_text()) and time.monotonic() < deadline:
         time.sleep(0.1)
     os.killpg(process.pid, signal.SIGINT)
-    _, said = process.communicate(timeout=120)
+    _, said = process.communicate(timeout=30)
     assert process.returncode == 130
     assert "interrupted; finished cells are kept" in said
     assert set(study.read_results(tmp_path / "toy.jsonl")) == set(IDS[:2])
