@@ -120,7 +120,9 @@ def test_interrupted_run_keeps_what_is_finished(study, tmp_path):
     for file in ("run.py", "runner.py"):
         (tmp_path / file).write_text((STUDY / file).read_text())
     command = [sys.executable, "run.py", "toy", "--data", "data", "--results", ".", "--workers", "1"]
-    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    # whoever started the tests in the background of a script has SIGINT ignored, which a child would inherit
+    options = {"start_new_session": True, "preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, **options)
     marker, deadline = tmp_path / "data" / "ran", time.monotonic() + 60
     while not (marker.exists() and IDS[2] in marker.read_text()) and time.monotonic() < deadline:
         time.sleep(0.1)
