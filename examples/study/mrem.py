@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from mrem_tables import FORCING, MAIN, MEMORY, SAMPLES, SEEDS, STAGES, STEPS, WRITERS, all_tables
+from mrem_tables import FORCING, MAIN, MEMORY, SAMPLES, SEEDS, STAGES, WRITERS, all_tables, short_run
 from prequant import _MEASURES, MODELS
 from runner import Cell
 from zsaq import fields
@@ -41,12 +41,12 @@ def cells() -> list[Cell]:
     found += [Cell(method, scheme, "sst2") for scheme in MAIN[:2] for method in ("start", "layerwise-start")]
     found += [Cell(f"mrem-p+steps=30+forcing={share}", MAIN[0], "sst2") for share in FORCING]
     found += [Cell(f"mrem-s+{name}={n}", MAIN[0], "sst2") for name, n in _curves()]
-    found += [Cell(f"mrem-s+steps={STEPS}", scheme, "sst2") for scheme in MAIN]
+    found += [Cell(short_run(scheme), scheme, "sst2") for scheme in MAIN]
     for seed in SEEDS[1:]:
         found += [Cell(method, scheme, "sst2", seed) for scheme in MAIN for method in ("mrem-s", "layerwise", "mrem-p")]
         found += [Cell(f"mrem-p+steps=30+forcing={share}", MAIN[0], "sst2", seed) for share in FORCING]
         found += [Cell(f"mrem-s+{name}={n}", MAIN[0], "sst2", seed) for name, n in _curves()]
-        found += [Cell(f"mrem-s+steps={STEPS}", scheme, "sst2", seed) for scheme in MAIN]
+        found += [Cell(short_run(scheme), scheme, "sst2", seed) for scheme in MAIN]
         found += [Cell("qat", scheme, "sst2", seed) for scheme in MAIN]
     return found
 
