@@ -1,8 +1,8 @@
 """Tuning a quantized base for a task: outlier weights, controls of the same size, and full tuning of the float model.
 
 One base a scheme, all-MiniLM-L6-v2 quantized once with 0.5 % stored outliers; on it SST-2 and CoLA, of each 8,000 training
-sentences that a fixed seed draws, in batches of 32: two epochs of SST-2, three of CoLA, which is learned later. Every method
-gets the same search for its learning rate: `SEARCH_STEPS` steps with each of three, judged by the loss on held-out training
+sentences that a fixed seed draws, in batches of 32: two epochs of SST-2, three of CoLA, which is learned later. All methods
+have the same search for a learning rate: `SEARCH_STEPS` steps with each of three, judged by the loss on held-out training
 sentences. A new head learns at `HEAD_RATE` in every row but those of full tuning and of the head alone, whose rate is
 searched. Dev sentences are measured once, at the end.
 The data folder holds `models/all-MiniLM-L6-v2` and `glue/{SST-2,CoLA}/{train,dev}.tsv`.
