@@ -22,19 +22,21 @@ METHODS = {
     "lsq-steps": "LSQ-QAT, as many steps as SQuAT",
     "sam-steps": "+ SAM, as many steps as SQuAT",
 }
+_BATCH = {"alternate": "batch", "climb_every": 1, "num_train_epochs": 1.0}
+_STEP = {"alternate": "step", "climb_every": 1, "num_train_epochs": 0.75}
 SEARCH: dict[str, dict[str, Any]] = {
-    "lsq+rate=1e-4": {},
-    "lsq+rate=3e-4": {"learning_rate": 3e-4, "scale_learning_rate": 3e-4},
-    "squat+rho=0.005": {"rho": 0.005},
-    "squat+rho=0.01": {"rho": 0.01},
-    "squat+rho=0.05": {"rho": 0.05},
-    "squat+rho=0.01+rate=3e-4": {"rho": 0.01, "learning_rate": 3e-4, "scale_learning_rate": 3e-4},
-    "squat+rho=0.01+scale_rate=1e-3": {"rho": 0.01, "scale_learning_rate": 1e-3},
-    "squat+asam+rho=0.2": {"rho": 0.2, "adaptive": True},
-    "squat+latent+rho=0.01": {"rho": 0.01, "perturb": "latent"},
-    "squat+step+rho=0.01": {"rho": 0.01, "alternate": "step", "num_train_epochs": 0.75},
-    "squat+step+climb_every=5+rho=0.01": {"rho": 0.01, "alternate": "step", "climb_every": 5, "num_train_epochs": 1.25},
-    "sam+rho=0.01": {"rho": 0.01},
+    "lsq+rate=1e-4": {"num_train_epochs": 1.5},
+    "lsq+rate=3e-4": {"num_train_epochs": 1.5, "learning_rate": 3e-4, "scale_learning_rate": 3e-4},
+    "squat+rho=0.005": {**_BATCH, "rho": 0.005},
+    "squat+rho=0.01": {**_BATCH, "rho": 0.01},
+    "squat+rho=0.05": {**_BATCH, "rho": 0.05},
+    "squat+asam+rho=0.2": {**_BATCH, "rho": 0.2, "adaptive": True},
+    "squat+step+rho=0.01": {**_STEP, "rho": 0.01},
+    "squat+step+climb_every=5+rho=0.01": {**_STEP, "climb_every": 5, "reuse_weight": 0.7, "num_train_epochs": 1.25},
+    "lsq+evaluations=600": {"num_train_epochs": 2.4},
+    "squat+step+evaluations=600": {**_STEP, "num_train_epochs": 1.2},
+    "squat+step+rate=2e-4+evaluations=600": {**_STEP, "learning_rate": 2e-4, "num_train_epochs": 1.2},
+    "squat+step+climb_every=5+reuse=0.2+evaluations=600": {"num_train_epochs": 2.0},
 }
 RISES = ("one_step", "projected", "random_mean")
 

@@ -41,10 +41,10 @@ class AlternationSettings:
         ValueError: a value out of range.
     """
 
-    alternate: str = "batch"
+    alternate: str = "step"
     sharpness: SharpnessSettings = field(default_factory=SharpnessSettings)
     climb_every: int = 1
-    reuse_weight: float = 0.7
+    reuse_weight: float = 0.2
 
     def __post_init__(self):
         ReusedClimb([], self.climb_every, self.reuse_weight)

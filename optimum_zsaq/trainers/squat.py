@@ -35,10 +35,10 @@ class _Fields:
     adaptive: bool = field(default=False, metadata={"help": "ASAM instead of SAM."})
     perturb: str = field(default="quantized", metadata={"help": "'quantized' or 'latent' weights are perturbed."})
     alternate: str = field(
-        default="batch", metadata={"help": "How the objectives alternate: 'batch', 'step', 'epoch' or 'none'."}
+        default="step", metadata={"help": "How the objectives alternate: 'batch', 'step', 'epoch' or 'none'."}
     )
     climb_every: int = field(default=1, metadata={"help": "Which sharpness-aware steps climb; others reuse the last."})
-    reuse_weight: float = field(default=0.7, metadata={"help": "How much steps in between take of the last climb."})
+    reuse_weight: float = field(default=0.2, metadata={"help": "How much steps in between take of the last climb."})
     scale_learning_rate: float = field(default=1e-4, metadata={"help": "Of the step sizes."})
     distillation: float = field(default=0.5, metadata={"help": "Share of the loss that a teacher has, if there is one."})
 

@@ -246,7 +246,7 @@ class TestTheSteps:
             for name, g in found.items():
                 p = of.get_parameter(name)
                 if name in weights:
-                    p.sub_(0.5 * (g + 0.7 * size / length * kept[name]))
+                    p.sub_(0.5 * (g + 0.2 * size / length * kept[name]))
                 elif alternate == "none":
                     p.copy_(torch.maximum(p - 0.5 * gradient_scale(of, name) * g, p / 2))
         run = trainer(tmp_path, max_steps=len(turn), rho=0.5, alternate=alternate, climb_every=2, **BY_HAND, **RATES)
