@@ -3,10 +3,10 @@
 Methods: "lsq" (plain training with learned step sizes), "sam" (sharpness-aware, no alternation), "squat" (every step is of
 both objectives, every fifth climbs and the others reuse that climb), "float" (the float model that all start from). All get
 the same number of gradient evaluations, those of two plain epochs: a step of "squat" takes 1.2, one of "sam" 2.
-"lsq-steps" and "sam-steps" get as many steps as "squat". Tasks: "sst2", a fixed subset of 8,000 training sentences, and "cola", whole. Seeds
-decide the order of batches and dropout, of the float model too. Dev is measured once; what was tuned, was on a slice of
-the training set (`tuning` in a cell's settings; methods with a "+" are that search). DATA has `glue/SST-2`, `glue/CoLA`
-and `models/all-MiniLM-L6-v2`.
+"lsq-steps" and "sam-steps" get as many steps as "squat". Tasks: "sst2", a fixed subset of 8,000 training sentences, and
+"cola", whole. Seeds decide the order of batches and dropout, of the float model too. Dev is measured once; what was tuned,
+was on a slice of the training set (`tuning` in a cell's settings; methods with a "+" are that search). DATA has
+`glue/SST-2`, `glue/CoLA` and `models/all-MiniLM-L6-v2`.
 """
 
 import tempfile
