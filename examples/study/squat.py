@@ -59,7 +59,7 @@ def run_cell(cell: Cell, data: Path) -> dict[str, Any]:
     """Train and measure. `settings` may have "tuning" (measure on a slice of the training set), fields of the arguments,
     "config" (fields of the config) and "start" ("float" or "pretrained")."""
     if cell.task in WRITERS:
-        return run_writer(cell, data, {**RECIPE, "rho": RHO})
+        return run_writer(cell, data, {**RECIPE, "rho": RHO, "alternate": "step", "climb_every": 5})
     settings = dict(cell.settings)
     tuning = settings.pop("tuning", False)
     train, dev = sentences(cell.task, data, tuning)
