@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from mrem_tables import FORCING, MAIN, MEMORY, SAMPLES, SEEDS, STAGES, WRITERS, all_tables, short_run
+from mrem_tables import FORCING, MAIN, MEMORY, SAMPLES, SEEDS, SHORTEST, STAGES, WRITERS, all_tables, short_run
 from prequant import _MEASURES, MODELS
 from runner import Cell
 from zsaq import fields
@@ -48,6 +48,7 @@ def cells() -> list[Cell]:
         found += [Cell(f"mrem-s+{name}={n}", MAIN[0], "sst2", seed) for name, n in _curves()]
         found += [Cell(short_run(scheme), scheme, "sst2", seed) for scheme in MAIN]
         found += [Cell("qat", scheme, "sst2", seed) for scheme in MAIN]
+    found += [Cell(f"mrem-s+steps={SHORTEST}", scheme, "sst2", seed) for scheme in (MAIN[0], MAIN[2]) for seed in SEEDS]
     return found
 
 

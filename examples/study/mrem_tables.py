@@ -13,6 +13,7 @@ WRITERS = ("w3a8e8-row", "w4a8e8-row")
 SEEDS = (0, 1, 2)
 MEMORY = (0, 1, 2, 3, 6, 12)  # stages; 0: QAT of the whole model
 FORCING, STAGES, SAMPLES = (0.0, 0.5, 1.0), (1, 2, 6), (64, 256, 4096)
+SHORTEST = 40  # steps
 STEPS = {"row": 50, "tensor": 75}  # of the short run, whose start is compensated codes or plain rounding
 METHODS = {
     "rounding": "rounding",
@@ -20,7 +21,7 @@ METHODS = {
     "layerwise": "layer-wise",
     "layerwise-start": "layer-wise, compensated start",
     "mrem-s": "**MREM-S**",
-    **{f"mrem-s+steps={steps}": f"MREM-S, {steps} steps" for steps in (40, *STEPS.values())},
+    **{f"mrem-s+steps={steps}": f"MREM-S, {steps} steps" for steps in (SHORTEST, *STEPS.values())},
     "mrem-p": "**MREM-P**",
     "qat": "QAT with labels, one epoch",
 }

@@ -45,7 +45,7 @@ def test_cells_take_as_many_evaluations_as_each_other(study, data):
     rows = {}
     for method in ("float", "lsq", "squat", "sam"):
         scheme = "float" if method == "float" else "w2a8e2-row"
-        cell = study.Cell(method, scheme, "sst2", settings={"per_device_train_batch_size": 5} if method != "float" else {})
+        cell = study.Cell(method, scheme, "sst2", settings={"per_device_train_batch_size": 7} if method != "float" else {})
         around = {
             "machine": {"cpu": "one", "threads": 1},
             "versions": {},
