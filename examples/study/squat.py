@@ -29,10 +29,11 @@ TASKS = ("sst2", "cola")
 SUBSET, HELD_OUT, LONGEST = 8000, 1000, 64  # sentences of SST-2, of a training set to tune on, tokens of a sentence
 FLOAT = {"sst2": (1e-4, 1.0), "cola": (5e-5, 3.0)}  # learning rate and epochs of the float model; tuned, as all here
 RECIPE = {"learning_rate": 1e-4, "scale_learning_rate": 1e-4}
+SQUAT = {"alternate": "step", "climb_every": 5}
 METHODS: dict[str, dict[str, Any]] = {
     "lsq": {"rho": 0.0, "num_train_epochs": 2.0},
     "sam": {"alternate": "none", "num_train_epochs": 1.0},
-    "squat": {"alternate": "step", "climb_every": 5, "num_train_epochs": 5 / 3},
+    "squat": {**SQUAT, "num_train_epochs": 5 / 3},
     "lsq-steps": {"rho": 0.0, "num_train_epochs": 5 / 3},
     "sam-steps": {"alternate": "none", "num_train_epochs": 5 / 3},
 }
@@ -59,7 +60,7 @@ def run_cell(cell: Cell, data: Path) -> dict[str, Any]:
     """Train and measure. `settings` may have "tuning" (measure on a slice of the training set), fields of the arguments,
     "config" (fields of the config) and "start" ("float" or "pretrained")."""
     if cell.task in WRITERS:
-        return run_writer(cell, data, {**RECIPE, "rho": RHO, "alternate": "step", "climb_every": 5})
+        return run_writer(cell, data, {**RECIPE, "rho": RHO, **SQUAT})
     settings = dict(cell.settings)
     tuning = settings.pop("tuning", False)
     train, dev = sentences(cell.task, data, tuning)

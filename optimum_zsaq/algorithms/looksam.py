@@ -5,7 +5,7 @@
 
 with inner products and norms over all tensors together. Source: https://huggingface.co/papers/2203.02714, algorithm 1,
 which finds that g_v changes much more slowly than g. Its unofficial implementations have alpha 0.7 and k 5; alpha is 0.2
-here, our choice, measured in docs/methods/squat.md.
+here, our choice, tried by hand (docs/methods/squat.md).
 """
 
 import math
