@@ -133,5 +133,7 @@ def fake_quantize_tokens(x: Tensor, spec: QuantSpec) -> Tensor:
     scale = (high - low) / highest
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
     zero_point = torch.round(-low / scale)
-    codes = torch.clamp(torch.round(value / scale), -zero_point, highest - zero_point)
-    return replace_value(x, codes * scale)
+    codes = (value / scale).round_()
+    torch.maximum(codes, -zero_point, out=codes)  # half the time of a clamp with bounds a token
+    torch.minimum(codes, highest - zero_point, out=codes)
+    return replace_value(x, codes.mul_(scale))

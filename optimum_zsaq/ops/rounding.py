@@ -46,13 +46,22 @@ class _RoundScaled(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         ratio, scale = ctx.saved_tensors
-        clamped = ratio.clamp(*ctx.bounds)
-        inside = clamped == ratio
-        of_scale = None
+        of_x = of_scale = None
         if ctx.needs_input_grad[1]:
-            slope = clamped.round_().sub_(ratio * inside).mul_(gradient)
-            of_scale = slope.sum_to_size(scale.shape)
-        return gradient * inside if ctx.needs_input_grad[0] else None, of_scale, None, None
+            slope = ratio.clamp(*ctx.bounds).round_().sub_(_inside(ratio, ratio, *ctx.bounds))
+            of_scale = slope.mul_(gradient).sum_to_size(scale.shape)
+        if ctx.needs_input_grad[0]:
+            of_x = _inside(gradient, ratio, *ctx.bounds)
+        return of_x, of_scale, None, None
+
+
+def _inside(x: Tensor, ratio: Tensor, low: Tensor | float, high: Tensor | float) -> Tensor:
+    """x where low <= ratio <= high, else zero."""
+    if isinstance(low, Tensor) or isinstance(high, Tensor):
+        return x * ((ratio >= low) & (ratio <= high))
+    infinity = torch.tensor(torch.inf, dtype=ratio.dtype)
+    below, above = torch.tensor([low, high], dtype=ratio.dtype).nextafter(torch.stack([-infinity, infinity])).tolist()
+    return torch.ops.aten.hardtanh_backward(x, ratio, below, above)  # one pass; it takes its bounds for outside
 
 
 def round_scaled(x: Tensor, scale: Tensor, low: Tensor | float, high: Tensor | float) -> Tensor:
