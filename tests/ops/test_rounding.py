@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from optimum_zsaq.ops import round_ste
-from optimum_zsaq.ops.rounding import replace_value
+from optimum_zsaq.ops.rounding import replace_value, round_scaled
 
 
 @pytest.mark.parametrize(("dtype", "count"), [(torch.bfloat16, 65280), (torch.float16, 63488)], ids=["bfloat16", "float16"])
@@ -43,3 +43,18 @@ def test_replaced_value_is_exact_and_keeps_the_gradient(device):
     (gradient,) = torch.autograd.grad(replaced.sum(), x, retain_graph=True)
     assert gradient.tolist() == [1, 1, 1, 1]
     assert torch.autograd.grad(replaced.sum(), value, allow_unused=True) == (None,)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("as_tensors", [False, True], ids=["numbers", "tensors"])
+def test_gradients_at_the_bounds_and_the_next_numbers(dtype, as_tensors, device):
+    bounds = torch.tensor([-2.0, 1.0], dtype=dtype, device=device)
+    outside = torch.nextafter(bounds, 2 * bounds)
+    x = torch.cat([outside[:1], bounds, outside[1:], torch.tensor([-0.75, 50.0], dtype=dtype, device=device)])
+    x.requires_grad_()
+    scale = torch.ones(len(x), dtype=dtype, device=device, requires_grad=True)
+    upstream = torch.arange(1.0, 7.0, dtype=dtype, device=device)
+    low, high = bounds if as_tensors else bounds.tolist()
+    of_x, of_scale = torch.autograd.grad(round_scaled(x, scale, low, high), (x, scale), upstream)
+    assert of_x.tolist() == [0, 2, 3, 0, 5, 0]
+    assert of_scale.tolist() == [-2, 0, 0, 4, -0.25 * 5, 6]
