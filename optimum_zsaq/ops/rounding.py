@@ -57,7 +57,7 @@ class _RoundScaled(torch.autograd.Function):
 
 def _inside(x: Tensor, ratio: Tensor, low: Tensor | float, high: Tensor | float) -> Tensor:
     """x where low <= ratio <= high, else zero."""
-    if isinstance(low, Tensor) or isinstance(high, Tensor):
+    if isinstance(low, Tensor) or isinstance(high, Tensor) or torch.compiler.is_compiling():
         return x * ((ratio >= low) & (ratio <= high))
     infinity = torch.tensor(torch.inf, dtype=ratio.dtype)
     below, above = torch.tensor([low, high], dtype=ratio.dtype).nextafter(torch.stack([-infinity, infinity])).tolist()

@@ -58,3 +58,11 @@ def test_gradients_at_the_bounds_and_the_next_numbers(dtype, as_tensors, device)
     of_x, of_scale = torch.autograd.grad(round_scaled(x, scale, low, high), (x, scale), upstream)
     assert of_x.tolist() == [0, 2, 3, 0, 5, 0]
     assert of_scale.tolist() == [-2, 0, 0, 4, -0.25 * 5, 6]
+
+
+def test_compiled_gradients_are_the_same():
+    x = torch.randn(8, 16, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    scale = torch.full((8, 1), 0.5, requires_grad=True)
+    compiled = torch.compile(round_scaled, backend="aot_eager", fullgraph=True)
+    found = [torch.autograd.grad(f(x, scale, -2.0, 1.0).square().sum(), (x, scale)) for f in (round_scaled, compiled)]
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
