@@ -3,20 +3,22 @@
 One base a scheme, all-MiniLM-L6-v2 quantized once with 0.5 % stored outliers; on it SST-2 and CoLA, of each 8,000 training
 sentences that a fixed seed draws, in batches of 32: two epochs of SST-2, three of CoLA, which is learned later. All methods
 have the same search for a learning rate: `SEARCH_STEPS` steps with each of three, judged by the loss on held-out training
-sentences. A new head learns at `HEAD_RATE` in every row but those of full tuning and of the head alone, whose rate is
-searched. Dev sentences are measured once, at the end.
-The data folder holds `models/all-MiniLM-L6-v2` and `glue/{SST-2,CoLA}/{train,dev}.tsv`.
+sentences. A new head learns at `adapters_training.HEAD_RATE` in every row but those of full tuning and of the head alone,
+whose rate is searched. Dev sentences are measured once, at the end.
+The data folder holds `models/all-MiniLM-L6-v2` and `glue/{SST-2,CoLA}/{train,dev}.tsv`, and for `adapters_writers.py`
+what `squat_writers.py` needs.
 """
 
-import copy
 import tempfile
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from adapters_tables import all_tables
+from adapters_training import search, train, trainable
+from adapters_writers import TASKS as WRITERS
+from adapters_writers import run_writer, writer_cells
 from bootstrap import to_bitmap
 from runner import Cell
 
@@ -26,7 +28,6 @@ SHARE = 0.005
 BATCH, HELD_OUT, LENGTH, TRAIN = 32, 512, 128, 8000
 SEARCH_STEPS = {"sst2": 60, "cola": 90}
 EPOCHS = {"sst2": 2, "cola": 3}
-HEAD_RATE = 3e-3
 _POOL = 16  # batches whose sentences are sorted by length together
 SCHEMES = {"w4a8e4": (4, 4), "w3a8e3": (3, 3)}
 TASKS = ("sst2", "cola")
@@ -37,7 +38,7 @@ RATES = {  # kept low, as short runs like rates at which whole trainings of CoLA
     "lora": (2.5e-4, 5e-4, 1e-3),
     "bitfit": (1.5e-3, 5e-3, 1.5e-2),
     "head": (1.5e-3, 5e-3, 1.5e-2),
-    "full": (1.5e-5, 2.5e-5, 5e-5),
+    "full": (2.5e-5, 5e-5, 1e-4),
 }
 DECIDING = ("outliers", "random", "full", "lora")
 METHODS = ("outliers", "random", "lora", "full", "bitfit", "outliers-zero", "head")
@@ -74,7 +75,7 @@ def cells() -> list[Cell]:
         for ranges in ("minmax", "lsq"):
             found += [cell(task, f"outliers-{ranges}", scheme, 0, options={}, ranges=ranges) for task in TASKS]
         found += [outlier_cell(task, method, scheme, seed) for seed in SEEDS[1:] for task in TASKS for method in METHODS]
-    return list({one.id: one for one in found}.values())
+    return list({one.id: one for one in [*found, *writer_cells()]}.values())
 
 
 # Data ----------------------------------------------------------------------------------------------------------------
@@ -187,85 +188,19 @@ def _with_adapter(cell: Cell, data: Path) -> Any:
         return PeftModel.from_pretrained(quantized_base(cell, data), folder, is_trainable=True)
 
 
-def trainable(model: Any) -> list[Any]:
-    """The parameters that are trained."""
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]
-
-
-# Training ------------------------------------------------------------------------------------------------------------
-
-
-def train(model: Any, sentences: Sentences, rate: float, steps: int, seed: int) -> float:
-    """AdamW without decay of weights, 6 % warm-up, then linearly to zero, matrix products in bfloat16.
-
-    Returns the seconds of the CPU.
-    """
-    import torch
-    from transformers import get_linear_schedule_with_warmup
-
-    optimizer = torch.optim.AdamW(_groups(model, rate), weight_decay=0.0)
-    schedule = get_linear_schedule_with_warmup(optimizer, round(0.06 * steps), steps)
-    generator = torch.Generator().manual_seed(seed)
-    torch.manual_seed(seed)
-    model.train()
-    begun = time.process_time()
-    for _, batch in zip(range(steps), _forever(sentences, generator), strict=False):
-        optimizer.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16):
-            batch_loss = model(**batch).loss
-        batch_loss.backward()
-        torch.nn.utils.clip_grad_norm_(trainable(model), 1.0)
-        optimizer.step()
-        schedule.step()
-    model.eval()
-    return time.process_time() - begun
-
-
-def _groups(model: Any, rate: float) -> list[dict[str, Any]]:
-    own = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    heads = [parameter for name, parameter in own.items() if "classifier" in name]
-    others = [parameter for name, parameter in own.items() if "classifier" not in name]
-    tunes_few = others and any(not parameter.requires_grad for parameter in model.parameters())
-    return [{"params": others, "lr": rate}, {"params": heads, "lr": HEAD_RATE if tunes_few else rate}]
-
-
-def _forever(sentences: Sentences, generator: Any) -> Iterator[dict[str, Any]]:
-    while True:
-        yield from sentences.batches(BATCH, generator)
-
-
-def loss(model: Any, sentences: Sentences) -> float:
-    """Mean cross-entropy."""
-    import torch
-
-    with torch.inference_mode():
-        parts = [(model(**batch).loss.item(), len(batch["labels"])) for batch in sentences.batches(64)]
-    return sum(value * count for value, count in parts) / sum(count for _, count in parts)
-
-
-def search(
-    start: Any, rates: tuple[float, ...], parts: tuple[Sentences, Sentences], steps: int, seed: int
-) -> dict[str, float]:
-    """The held-out loss after a few steps with each learning rate."""
-    found = {}
-    for rate in rates:
-        model = copy.deepcopy(start)
-        train(model, parts[0], rate, steps, seed)
-        found[str(rate)] = loss(model, parts[1])
-    return found
-
-
 def run_cell(cell: Cell, data: Path) -> dict[str, Any]:
     """Search, train, measure."""
+    if cell.task in WRITERS:
+        return run_writer(cell, data)
     from optimum_zsaq.report import evaluation as ev
 
     tokenizer = ev.load_tokenizer(data / MODEL)
     parts, dev = training_parts(cell.task, data, tokenizer), read(cell.task, "dev", data, tokenizer)
     model = build(cell, data)
-    found = search(model, RATES[cell.settings["kind"]], parts, SEARCH_STEPS[cell.task], cell.seed)
+    found = search(model, RATES[cell.settings["kind"]], parts, SEARCH_STEPS[cell.task], cell.seed, BATCH)
     rate = float(min(found, key=lambda key: found[key]))
     steps = EPOCHS[cell.task] * -(-len(parts[0].labels) // BATCH)
-    seconds = train(model, parts[0], rate, steps, cell.seed)
+    seconds = train(model, parts[0], rate, steps, cell.seed, BATCH)
     classifier = model.get_base_model() if hasattr(model, "get_base_model") else model
     measured = ev.measure_classification(classifier, dev.samples, dev.labels)
     head = sum(p.numel() for n, p in model.named_parameters() if "classifier" in n and p.requires_grad)

@@ -25,7 +25,7 @@ SHARES = (0.001, 0.0025, 0.01, 0.02)
 
 def all_tables(rows: Rows) -> dict[str, str]:
     """Every table by name, as Markdown."""
-    makers: Sequence[Callable[[Rows], str]] = (methods, paired, sweeps, circumstances)
+    makers: Sequence[Callable[[Rows], str]] = (methods, paired, sweeps, writers, circumstances)
     return {maker.__name__: maker(rows) for maker in makers}
 
 
@@ -89,3 +89,18 @@ def sweeps(rows: Rows) -> str:
     return (
         markdown(["base", "trained", "SST-2 accuracy", "CoLA MCC"], found) if found else "No cell of these is finished yet."
     )
+
+
+def writers(rows: Rows) -> str:
+    """The models that write: their own measure and the divergence from the float model."""
+    found = []
+    titles = {"base": "nothing", "outliers": TITLES["outliers"], "random": TITLES["random"]}
+    for task, measure in {"wikitext": "perplexity", "g2p": "error_rate"}.items():
+        for method, title in titles.items():
+            row = rows.get(f"{task}/{method}/w4a8e4/0")
+            if row:
+                value = percent(row[measure]) + " %" if task == "g2p" else f"{row[measure]:.2f}"
+                trained = [f"{row['trained']:,}", f"{row['rate']:g}"] if "trained" in row else ["", ""]
+                found.append([task, title, value, f"{row['kl']:.4f}", *trained])
+    header = ["task", "trained", "perplexity, phoneme error", "KL from the float model", "values", "rate"]
+    return markdown(header, found) if found else "No cell of these is finished yet."

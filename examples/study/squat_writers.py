@@ -66,12 +66,13 @@ def _train(model: Any, cell: Cell, data: Path, recipe: dict[str, float]) -> dict
         report_to="none",
         disable_tqdm=True,
     )
-    rows = _passages(data) if cell.task == "wikitext" else _words(data)
-    SQuATTrainer(model, args, train_dataset=rows, data_collator=_collate).train()
+    rows = passages(data) if cell.task == "wikitext" else spoken_words(data)
+    SQuATTrainer(model, args, train_dataset=rows, data_collator=collate).train()
     return {"steps": STEPS[cell.method]}
 
 
-def _passages(data: Path) -> list[dict[str, list[int]]]:
+def passages(data: Path) -> list[dict[str, list[int]]]:
+    """Windows of WikiText-2's training text."""
     from optimum_zsaq.integrations.data import read_file
     from optimum_zsaq.report import evaluation as ev
 
@@ -82,7 +83,7 @@ def _passages(data: Path) -> list[dict[str, list[int]]]:
     return [{"input_ids": window, "labels": window} for window in windows]
 
 
-def _words(data: Path) -> list[dict[str, list[int]]]:
+def spoken_words(data: Path) -> list[dict[str, list[int]]]:
     """Words that are not measured, and what the float model makes of them, greedily."""
     import torch
     import transformers
@@ -98,7 +99,7 @@ def _words(data: Path) -> list[dict[str, list[int]]]:
     found = []
     for start in range(0, len(sources), 256):
         part = [{"input_ids": ids, "labels": [2]} for ids in sources[start : start + 256]]
-        batch = _collate(part)
+        batch = collate(part)
         del batch["labels"]
         spoken = model.generate(**batch, do_sample=False, num_beams=1, max_new_tokens=48)[:, 1:].tolist()
         for row, answer in zip(part, spoken, strict=True):
@@ -107,7 +108,7 @@ def _words(data: Path) -> list[dict[str, list[int]]]:
     return found
 
 
-def _collate(rows: list[dict[str, list[int]]]) -> dict[str, Any]:
+def collate(rows: list[dict[str, list[int]]]) -> dict[str, Any]:
     """Padded; labels are -100 there, and masked ids the pad token's, 0."""
     import torch
     from torch.nn.utils.rnn import pad_sequence

@@ -10,6 +10,7 @@ from tiny_models import make, make_tokenizer
 
 ROOT = Path(__file__).parents[2]
 STUDY = ROOT / "examples" / "study"
+AROUND = {"commit": "x", "date": "2026-01-01", "seconds": 1.0, "machine": {"cpu": "x", "threads": 1}, "versions": {}}
 RESULTS, DOCUMENT = ROOT / "docs/results/adapters.jsonl", ROOT / "docs/methods/prequant_adapters.md"
 
 # PEFT asks for `is_gradient_checkpointing`, which transformers has renamed.
@@ -22,7 +23,7 @@ pytestmark = [
 @pytest.fixture
 def study(monkeypatch):
     """The study's module."""
-    for name in ("adapters", "adapters_tables", "bootstrap", "prequant_tables", "runner", "tables"):
+    for name in [file.stem for file in STUDY.glob("*.py")]:
         monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.syspath_prepend(str(STUDY))
     import adapters
@@ -73,16 +74,31 @@ def test_a_cell(cell, study, data):
     assert figures["rate"] in study.RATES[wanted.settings["kind"]]
     assert figures["trained"] > 0
     assert ("bytes" in figures) == (wanted.settings["kind"] in ("outlier", "lora"))
-    row = {
-        "cell": cell,
-        "commit": "x",
-        "date": "2026-01-01",
-        "seconds": 1.0,
-        "machine": {"cpu": "x", "threads": 1},
-        "versions": {},
-    }
-    tables = study.tables({cell: {**row, **figures}})
-    assert set(tables) == {"methods", "paired", "sweeps", "circumstances"}
+    tables = study.tables({cell: {**AROUND, "cell": cell, **figures}})
+    assert set(tables) == {"methods", "paired", "sweeps", "writers", "circumstances"}
+
+
+@pytest.mark.parametrize("method", ["base", "outliers", "random"])
+def test_a_model_that_writes(method, study, tmp_path, monkeypatch):
+    import adapters_writers as writers
+
+    folder = tmp_path / "models" / "wikitext-opt"
+    make("opt-tied", max_position_embeddings=300).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    (tmp_path / "wikitext-2").mkdir()
+    for part in ("train", "test"):
+        text = "\n".join(f"w{5 + n % 90} w{6 + n % 80}" for n in range(1000))
+        (tmp_path / "wikitext-2" / f"{part}.txt").write_text(text)
+    for name, value in (("STEPS", 2), ("SEARCH_STEPS", 1), ("HELD_OUT", {"wikitext": 1}), ("BATCH", {"wikitext": 2})):
+        monkeypatch.setattr(writers, name, value)
+    cell = next(cell for cell in study.cells() if cell.id == f"wikitext/{method}/w4a8e4/0")
+    figures = study.run_cell(cell, tmp_path)
+    json.dumps(figures)
+    assert figures["perplexity"] > 1.0
+    assert ("trained" in figures) == (method != "base")
+    table = study.tables({cell.id: {**AROUND, "cell": cell.id, **figures}})["writers"]
+    assert f"{figures['perplexity']:.2f}" in table
+    assert table.count("\n") == 2
 
 
 def test_tables_in_the_docs_are_those_of_the_results(study):

@@ -14,7 +14,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 
 @pytest.fixture
 def study(monkeypatch, tmp_path):
-    for name in ("bootstrap", "prequant_tables", "runner", "squat", "squat_tables", "squat_torchao", "squat_writers"):
+    for name in [file.stem for file in (EXAMPLES / "study").glob("*.py")]:
         monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.syspath_prepend(str(EXAMPLES / "study"))
     import squat
