@@ -67,13 +67,13 @@ def run_cell(cell: Cell, data: Path) -> dict[str, Any]:
     start = time.process_time()
     folder = float_model(cell.task, cell.seed, data, tuning)
     if cell.method == "float":
-        return {**_measured(_load(folder), dev, data), "cpu_seconds": round(time.process_time() - start, 1)}
+        return {**_measured(load(folder), dev, data), "cpu_seconds": round(time.process_time() - start, 1)}
     start = time.process_time()
     if settings.pop("start", "float") == "pretrained":
         folder = data / MODEL
     if cell.method.startswith("torchao"):
         return _peer(cell, folder, train, dev, data)
-    model = _load(folder, **{**fields(cell.scheme), **settings.pop("config", {})})
+    model = load(folder, **{**fields(cell.scheme), **settings.pop("config", {})})
     settings = {**RECIPE, "rho": RHO, **METHODS[cell.method.split("+")[0]], **settings}
     run = trainer(model, train, data, seed=cell.seed, **settings)
     run.train()
@@ -94,7 +94,7 @@ def _peer(cell: Cell, folder: Path, train: list[dict], dev: list[dict], data: Pa
     from optimum_zsaq import SQuATConfig
 
     start = time.process_time()
-    model = fake_quantized(_load(folder), SQuATConfig(**fields(cell.scheme)), cell.method == "torchao-range")
+    model = fake_quantized(load(folder), SQuATConfig(**fields(cell.scheme)), cell.method == "torchao-range")
     settings = {"learning_rate": RECIPE["learning_rate"], "num_train_epochs": METHODS["lsq"]["num_train_epochs"]}
     run = _make_trainer(transformers.Trainer, transformers.TrainingArguments, model, train, data, cell.seed, settings)
     run.train()
@@ -148,7 +148,8 @@ def tokenized(rows: list[dict], data: Path) -> list[dict]:
 # Models --------------------------------------------------------------------------------------------------------------
 
 
-def _load(folder: Path, **config: Any) -> Any:
+def load(folder: Path, **config: Any) -> Any:
+    """A classifier: in float, or prepared by `SQuATConfig(**config)`."""
     import torch
     from transformers import AutoModelForSequenceClassification
 
@@ -166,7 +167,7 @@ def float_model(task: str, seed: int, data: Path, tuning: bool = False) -> Path:
     folder = Path(tempfile.gettempdir()) / "squat-study" / f"{task}-{seed}{'-tuning' if tuning else ''}"
     if not (folder / "config.json").exists():
         train, _ = sentences(task, data, tuning)
-        model = _load(data / MODEL)
+        model = load(data / MODEL)
         rates = dict(zip(("learning_rate", "num_train_epochs"), FLOAT[task], strict=True))
         _make_trainer(transformers.Trainer, transformers.TrainingArguments, model, train, data, seed, rates).train()
         model.save_pretrained(folder)
@@ -215,7 +216,7 @@ def _make_trainer(
 # Measures ------------------------------------------------------------------------------------------------------------
 
 
-def _batches(rows: list[dict], data: Path, size: int = 64) -> list[dict[str, Any]]:
+def batches(rows: list[dict], data: Path, size: int = 64) -> list[dict[str, Any]]:
     """In the order of the rows."""
     import torch
 
@@ -237,7 +238,7 @@ def _measured(model: Any, dev: list[dict], data: Path) -> dict[str, Any]:
     model.eval()
     logits, labels = [], []
     with torch.inference_mode():
-        for batch in _batches(dev, data):
+        for batch in batches(dev, data):
             labels.append(batch.pop("labels"))
             logits.append(torch.nn.Module.__call__(model, **batch).logits.float())
     logits, labels = torch.cat(logits), torch.cat(labels)
@@ -259,7 +260,7 @@ def sharpness(model: Any, dev: list[dict], data: Path) -> dict[str, float]:
     def loss(model: Any, batch: dict[str, Any]) -> tuple[Any, int]:
         return model(**batch).loss, len(batch["labels"])
 
-    return asdict(measure_sharpness(model, _batches(dev, data, 48), loss, radius=0.01, steps=3, draws=3))
+    return asdict(measure_sharpness(model, batches(dev, data, 48), loss, radius=0.01, steps=3, draws=3))
 
 
 def tables(rows: dict[str, dict[str, Any]]) -> dict[str, str]:
