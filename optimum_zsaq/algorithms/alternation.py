@@ -56,7 +56,8 @@ class Alternation:
     """Makes of the gradients at the weights those that an optimizer shall follow.
 
     Args:
-        model (`nn.Module`): fake-quantized, with start values for all its ranges; its step sizes become trainable.
+        model (`nn.Module`): fake-quantized, with start values for all its ranges; step sizes become trainable
+            where weights are. Or low-bit with an adapter of PEFT: every step is of the adapter then.
         settings (`AlternationSettings`): how.
 
     Raises:
@@ -74,7 +75,7 @@ class Alternation:
     def objective(self, step: int, epoch: int) -> str:
         """What a step is of: "weights", "step sizes", or "both"."""
         turn = {"batch": step, "epoch": epoch}.get(self.settings.alternate)
-        if turn is None or not self.settings.sharpness.rho:
+        if turn is None or not self.settings.sharpness.rho or not self.step_sizes.all:
             return "both"
         return "step sizes" if turn % 2 else "weights"
 
@@ -111,6 +112,11 @@ class Alternation:
         if self.settings.alternate == "step":
             for p, gradient in zip(scales, at_weights, strict=True):
                 p.grad = gradient
+
+    def restart(self) -> None:
+        """Be as new: another training begins, from the step sizes as they are."""
+        self.step_sizes.restart()
+        self.reused.restart()
 
     def state_dict(self) -> dict[str, Any]:
         """What is needed to go on beside the model's own state: where step sizes started, and what a climb left."""

@@ -40,8 +40,11 @@ class ReusedClimb:
         self._before: list[Tensor | None] = []
 
     def due(self) -> bool:
-        """Whether this step climbs; asked once a step. If so, the gradients at the weights are noted."""
-        climb = self._done % self._every == 0
+        """Whether this step climbs, as one does that has nothing to reuse; asked once a step.
+
+        If so, the gradients at the weights are noted.
+        """
+        climb = self._done % self._every == 0 or not self._direction
         self._done += 1
         if climb and self._every > 1:
             self._before = [None if p.grad is None else p.grad.clone() for p in self._weights]
@@ -68,14 +71,29 @@ class ReusedClimb:
             if gradient is not None and direction is not None:
                 gradient.add_(direction, alpha=factor)
 
+    def restart(self) -> None:
+        """Forget what was kept: the next step is a first one."""
+        self._done, self._direction = 0, []
+
     def state_dict(self) -> dict[str, object]:
         """Steps asked about, and the direction."""
         return {"done": self._done, "direction": [d if d is None else whole(d) for d in self._direction]}
 
     def load_state_dict(self, state: dict[str, object]) -> None:
-        """Go on from what `state_dict` gave."""
-        pairs = zip(state["direction"], self._weights, strict=False)
-        self._done, self._direction = state["done"], [d if d is None else d.to(p.device) for d, p in pairs]
+        """Go on from what `state_dict` gave.
+
+        Raises:
+            ValueError: it is of other weights.
+        """
+        direction = state["direction"]
+        if direction and len(direction) != len(self._weights):
+            raise ValueError(
+                f"the checkpoint's last climb was of {len(direction)} tensors, and {len(self._weights)} are trained now; "
+                "freeze what was frozen then, or resume with climb_every=1"
+            )
+        self._done = state["done"]
+        kept = direction if self._every > 1 else []
+        self._direction = [d if d is None else d.to(p.device) for d, p in zip(kept, self._weights, strict=False)]
 
 
 def _product(one: Sequence[Tensor | None], other: Sequence[Tensor | None]) -> float:

@@ -12,6 +12,7 @@ from torch import nn
 
 from ..kinds import kind_of
 from ..layers import LowBitLayer
+from ..layers.common import STEP_SIZES
 from ..ops import clipped
 from ..surgery import low_bit_layers
 from .sharded import whole
@@ -35,32 +36,50 @@ class StepSize:
 
 def trained_layers(model: nn.Module) -> dict[str, LowBitLayer]:
     """The fake-quantized layers with a weight of their own that is trained, by name."""
-    layers = {name: m for name, m in low_bit_layers(model) if m.owner is m and type(m) is kind_of(m).fake}
-    return {name: layer for name, layer in layers.items() if layer.weight.requires_grad}
+    return {name: layer for name, layer in _fake_layers(model).items() if layer.weight.requires_grad}
+
+
+def has_adapter(model: nn.Module) -> bool:
+    """Whether PEFT has put an adapter onto a model: its weights are frozen then, and the adapter is trained."""
+    return bool(getattr(model, "peft_config", None))
+
+
+def _fake_layers(model: nn.Module) -> dict[str, LowBitLayer]:
+    return {name: m for name, m in low_bit_layers(model) if m.owner is m and type(m) is kind_of(m).fake}
 
 
 class StepSizes:
-    """The step sizes of the layers that are trained; making this makes them trainable.
+    """The step sizes of the layers whose weights are trained: making this makes them trainable, and freezes all others.
 
     Args:
-        model (`nn.Module`): fake-quantized.
+        model (`nn.Module`): fake-quantized, or low-bit with an adapter of PEFT, which has none.
 
     Raises:
-        ValueError: no layer is fake-quantized and trained; a static input range without a start value.
+        ValueError: no fake-quantized layer, or none that is trained; a static input range without a start value.
     """
 
     def __init__(self, model: nn.Module):
+        every, name = _fake_layers(model), type(model).__name__
         self._layers = trained_layers(model)
-        if not self._layers:
+        if not every and not has_adapter(model):
             raise ValueError(
-                f"{type(model).__name__} has no fake-quantized layer to train; load it with "
-                "quantization_config=SQuATConfig(...), or call prepare(model, scheme)"
+                f"{name} has no fake-quantized layer to train; load it with quantization_config=SQuATConfig(...), or call "
+                "prepare(model, scheme)"
             )
+        if not self._layers and not has_adapter(model):
+            raise ValueError(f"the weights of all {len(every)} fake-quantized layers of {name} are frozen; unfreeze some")
+        for layer in every.values():
+            for name in STEP_SIZES:
+                if (scale := getattr(layer, name, None)) is not None:
+                    scale.requires_grad_(layer.weight.requires_grad)
         self.all = [size for name, layer in self._layers.items() for size in _of_layer(name, layer)]
         for size in self.all:
             if whole(size.parameter).isnan().any():
                 raise ValueError(f"{size.name} has no start value; call optimum_zsaq.calibrate(model, batches)")
-            size.parameter.requires_grad_(True)
+        self.restart()
+
+    def restart(self) -> None:
+        """Measure drift from the values that they have now."""
         self.start = {size.name: size.parameter.detach().clone() for size in self.all}
 
     @property
@@ -80,7 +99,7 @@ class StepSizes:
         """How far the step sizes are from where they started: the mean of |s - s0| / s0."""
         pairs = ((whole(size.parameter), whole(self.start[size.name])) for size in self.all)
         moved = [((now - start) / start).abs() for now, start in pairs]
-        return sum(m.sum().item() for m in moved) / sum(m.numel() for m in moved)
+        return sum(m.sum().item() for m in moved) / max(sum(m.numel() for m in moved), 1)
 
     @torch.no_grad()
     def clipped(self) -> float:
@@ -90,7 +109,7 @@ class StepSizes:
             zero_point = layer.weight_zero_point if layer.weight_zero_point is None else whole(layer.weight_zero_point)
             found = clipped(whole(layer.master()), whole(layer.weight_scale), zero_point, layer.spec.weight)
             outside, count = outside + found.sum().item(), count + found.numel()
-        return outside / count
+        return outside / max(count, 1)
 
 
 def _of_layer(name: str, layer: LowBitLayer) -> list[StepSize]:

@@ -8,25 +8,31 @@ from torch import nn
 from transformers import PreTrainedModel, Trainer
 
 from ..algorithms.minimax import keep_signs
+from ..algorithms.step_sizes import has_adapter
 from ..layers import PackedEmbedding, PackedLinear
 from ..surgery import low_bit_layers
 
 
-def check_trainable(model: PreTrainedModel, what: str) -> None:
+def check_trainable(model: PreTrainedModel, what: str, adapters: bool = False) -> None:
     """Refuse a model without float weights to train.
 
     Args:
         what (`str`): what the message calls it, such as "the student".
+        adapters (`bool`): whether an adapter of PEFT, on any low-bit model, can be trained instead of its weights.
 
     Raises:
-        ValueError: it is packed, has no fake-quantized layer, or weights that are not float32.
+        ValueError: it is packed or has an adapter, has no fake-quantized layer, or weights that are not float32.
     """
     layers = [layer for _, layer in low_bit_layers(model)]
-    if any(isinstance(layer, PackedLinear | PackedEmbedding) for layer in layers):
+    adapted = has_adapter(model)
+    if adapted and not adapters:
+        raise ValueError(f"{what} has an adapter of PEFT, and its weights are frozen; train it without")
+    if not adapted and any(isinstance(layer, PackedLinear | PackedEmbedding) for layer in layers):
         raise ValueError(f"{what} is packed and has no weights to train; load it with PreQuantConfig(packed=False)")
     if not layers:
         raise ValueError(f"{what} has no fake-quantized layer to train; call prepare(model, scheme) first")
-    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()} - {torch.float32}
+    trained = [p for p in model.parameters() if p.is_floating_point() and (p.requires_grad or not adapted)]
+    dtypes = {p.dtype for p in trained} - {torch.float32}
     if dtypes:
         raise ValueError(
             f"{what} has weights of {sorted(map(str, dtypes))}, in which small steps are lost; "

@@ -9,6 +9,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.trainer import TRAINER_STATE_NAME
 
+from ..algorithms.step_sizes import has_adapter
 from ..integrations.quantizer import attach_quantizer
 from ..kinds import kind_of
 from ..surgery import low_bit_layers, pack, skeleton
@@ -18,7 +19,8 @@ class PackedSaving:
     """For a subclass of `Trainer`: it trains float weights, and what a user saves or pushes is packed.
 
     A `checkpoint-*` holds the float weights, to go on from, and says `packed: false`. `save_model` and `push_to_hub` write
-    a packed copy with its own model card, whose recipe names the trainer; the model itself stays as it is.
+    a packed copy with its own model card, whose recipe names the trainer; the model itself stays as it is. Of a model with
+    an adapter of PEFT both write the adapter.
     """
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -32,7 +34,7 @@ class PackedSaving:
         """
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         checkpoint = _internal_call and output_dir is not None
-        trained = any(type(layer) is kind_of(layer).fake for _, layer in low_bit_layers(model))
+        trained = any(type(layer) is kind_of(layer).fake for _, layer in low_bit_layers(model)) and not has_adapter(model)
         sharded = getattr(model, "is_distributed_loading_by_transformers", False)
         if not trained or (not sharded and (checkpoint or not self.args.should_save)):
             super().save_model(output_dir, _internal_call)

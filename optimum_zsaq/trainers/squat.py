@@ -112,6 +112,11 @@ class _SharpnessAware(PackedSaving):
         if self.is_distributed_loading_by_transformers and self.optimizer is not None:
             instead = "let it make one: use args.optim and args.learning_rate"
             raise ValueError(not_followed(type(self), "an optimizer for a model that is sharded", instead))
+        if self.is_distributed_loading_by_transformers and args.load_best_model_at_end:
+            instead = "transformers cannot load a checkpoint into it; load the best one yourself after training"
+            raise ValueError(not_followed(type(self), "load_best_model_at_end=True with a model that is sharded", instead))
+        if self.accelerator.mixed_precision == "fp16":
+            raise ValueError(not_followed(type(self), "fp16, asked for by the launcher,", "use bf16=True"))
         self.teacher = teacher and teacher.eval().requires_grad_(False).to(args.device)
         self.alternation = Alternation(self.model, args.settings())
         self._window: list[_MicroBatch] = []
@@ -137,7 +142,7 @@ class _SharpnessAware(PackedSaving):
             raise ValueError(refuse("fp16=True", "use bf16=True"))
         if args.n_gpu > 1:
             raise ValueError(refuse(f"one process for {args.n_gpu} GPUs", "start one process a GPU, with torchrun"))
-        check_trainable(model, "the model")
+        check_trainable(model, "the model", adapters=True)
         if teacher is not None and any(True for _ in low_bit_layers(teacher)):
             raise ValueError("the teacher is in low bits; use the float model that was fine-tuned on this task")
 
@@ -157,7 +162,9 @@ class _SharpnessAware(PackedSaving):
 
     def get_batch_samples(self, *args: Any, **options: Any) -> tuple[list, Tensor | int | None]:
         """The Trainer's: the micro-batches of one step. A step that was not finished before is forgotten."""
-        self._window = []
+        if self._window:
+            self._window = []
+            self.model.zero_grad()
         return super().get_batch_samples(*args, **options)
 
     def training_step(
@@ -235,6 +242,7 @@ class _SharpnessAware(PackedSaving):
         """
         several = self.args.gradient_accumulation_steps > 1 or self.args.world_size > 1
         own_loss = self.compute_loss_func is not None or self.label_smoother is not None
+        own_loss = own_loss or type(self).compute_loss is not _SharpnessAware.compute_loss
         if self._counting is not None or not (several and self.model_accepts_loss_kwargs) or own_loss:
             return
         inputs = self._prepare_inputs(inputs)
@@ -242,7 +250,12 @@ class _SharpnessAware(PackedSaving):
         with torch.no_grad():
             outputs = [self.model(**inputs, num_items_in_batch=count) for count in (1, 2)]
         one, two = (found["loss"] if isinstance(found, dict) else found[0] for found in outputs)
-        self.model_accepts_loss_kwargs = self._counting = not torch.equal(one, two)
+        telling = torch.isfinite(one) & (one != 0.0)  # a batch without targets tells nothing
+        found = telling * (1 + (one != two).int())
+        if self.args.world_size > 1:
+            torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
+        if found:
+            self.model_accepts_loss_kwargs = self._counting = found.item() == 2
 
     # The loss --------------------------------------------------------------------------------------------------------
 
@@ -250,8 +263,11 @@ class _SharpnessAware(PackedSaving):
     def _ask_teacher(self, inputs: dict[str, Any]) -> Any:
         if self.teacher is None:
             return None
-        with torch.autocast(self.args.device.type, torch.bfloat16) if self.args.bf16 else nullcontext():
-            return self.teacher(**self._prepare_inputs(inputs)).logits
+        with self.accelerator.autocast():
+            found = self.teacher(**self._prepare_inputs(inputs))
+        if getattr(found, "logits", None) is None:
+            raise ValueError(not_followed(type(self), f"a teacher that returns {type(found).__name__} without logits"))
+        return found.logits
 
     def compute_loss(
         self,
@@ -264,8 +280,11 @@ class _SharpnessAware(PackedSaving):
         mask = self._mask(inputs)
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if self._answer is not None:
-            counted = self.model_accepts_loss_kwargs and num_items_in_batch is not None
-            parts = self.current_gradient_accumulation_steps if counted or self.compute_loss_func is not None else 1
+            scaled = self.loss_is_scaled_for_ga
+            if scaled is None:
+                counted = self.model_accepts_loss_kwargs and num_items_in_batch is not None
+                scaled = counted or self.compute_loss_func is not None
+            parts = self.current_gradient_accumulation_steps if scaled else 1
             share = self.args.distillation
             loss = (1.0 - share) * loss + share / parts * self._distance(outputs, mask)
         return (loss, outputs) if return_outputs else loss
@@ -279,9 +298,11 @@ class _SharpnessAware(PackedSaving):
     def _distance(self, outputs: Any, mask: Tensor | None) -> Tensor:
         kind = "mse" if is_regression(self.model) else "kl"
         settings = MinimaxSettings(output=kind, output_weight=1.0, hidden_weight=0.0)
-        logits = outputs["logits"]
-        batch = {"input_ids": logits, **({} if mask is None else {"attention_mask": mask})}
-        return discrepancy(*(SimpleNamespace(logits=found) for found in (self._answer, logits)), batch, settings)
+        answers = (self._answer, outputs["logits"])
+        if self.model.config.problem_type == "multi_label_classification":  # each logit is of a choice of its own: z or 0
+            answers, mask = tuple(torch.stack([z, torch.zeros_like(z)], dim=-1) for z in answers), None
+        batch = {"input_ids": answers[1], **({} if mask is None else {"attention_mask": mask})}
+        return discrepancy(*(SimpleNamespace(logits=found) for found in answers), batch, settings)
 
     # Logs and checkpoints --------------------------------------------------------------------------------------------
 
@@ -290,7 +311,7 @@ class _SharpnessAware(PackedSaving):
         if "loss" in logs:
             means = {name: sum(values) / len(values) for name, values in self._figures.items() if values}
             sizes = self.alternation.step_sizes
-            logs = {**logs, **means, "scale_drift": sizes.drift(), "clipped": sizes.clipped()}
+            logs = {**logs, **means, **({"scale_drift": sizes.drift(), "clipped": sizes.clipped()} if sizes.all else {})}
             self._figures.clear()
         super().log(logs, start_time)
 
@@ -302,6 +323,7 @@ class _SharpnessAware(PackedSaving):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
+        self.alternation.restart()
         path = checkpoint and Path(checkpoint) / _STATE
         if path and path.is_file():
             self.alternation.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
@@ -312,24 +334,29 @@ class SQuATTrainer(_SharpnessAware, Trainer):
 
     All that the Trainer does it does here too: `resume_from_checkpoint` (bit for bit), callbacks, `compute_metrics`,
     `load_best_model_at_end`, several processes (DDP). `save_model` and `push_to_hub` write the packed model, `checkpoint-*`
-    keep the float weights (`PackedSaving`). Beside "loss" logs have "sharp_loss", the loss at the perturbed weights;
-    "sharpness", how much higher it is; "scale_drift", how far step sizes are from their start; "clipped", the share of
-    weights outside the range of their codes.
+    keep the float weights (`PackedSaving`). Beside "loss" logs have "sharp_loss", the loss at the perturbed weights, and
+    "sharpness", how much higher it is, both of the steps that climbed; "scale_drift", how far step sizes are from their
+    start; "clipped", the share of weights outside the range of their codes.
+
+    A low-bit model, packed or not, with an adapter of PEFT (`OutlierConfig`, LoRA) is trained too: of the adapter's values,
+    which are what is perturbed. It has no step sizes to train, and what is saved is the adapter.
 
     A step's micro-batches (`gradient_accumulation_steps`) and processes are one batch: it is climbed on, and replayed at
     the perturbed weights with the same dropout, as a whole.
 
     Args:
-        model (`PreTrainedModel`): loaded with `SQuATConfig`, or `prepare(model, scheme)`; what is frozen stays frozen.
+        model (`PreTrainedModel` or `PeftModel`): loaded with `SQuATConfig`, or `prepare(model, scheme)`. What is frozen
+            stays frozen, and so do the step sizes of a frozen weight; freeze before the trainer is made.
         args (`SQuATArguments`, *optional*): how to train.
         *others, **options: the Trainer's, but for `model_init`.
         teacher (`PreTrainedModel`, *optional*): a float model, fine-tuned on the task, whose outputs are followed too (see
             `SQuATArguments.distillation`); it is frozen.
 
     Raises:
-        ValueError: the model has no fake-quantized layer, is packed, sharded or not float32, or a range has no start value;
-            the teacher is in low bits; an option that this training cannot follow: DeepSpeed, FSDP, fp16, several GPUs in
-            one process, optimizers with parameter groups of their own.
+        ValueError: the model has no fake-quantized layer to train, is packed or not float32, or a range has no start value;
+            the teacher is in low bits or returns no logits; an option that this training cannot follow: DeepSpeed, `fsdp=`,
+            fp16, several GPUs in one process, optimizers with parameter groups of their own, an optimizer or
+            `load_best_model_at_end` for a model that is sharded.
         TypeError: args are no `SQuATArguments`.
         FloatingPointError: by `train`, the loss or a gradient became NaN or infinite; checkpoints written before stay.
 
