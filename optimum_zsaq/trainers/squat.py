@@ -158,6 +158,11 @@ class _SharpnessAware(PackedSaving):
             self.optimizer = make_optimizer(self, run.weights, run.step_sizes.parameters, rate)
         return self.optimizer
 
+    def train(self, *args: Any, **options: Any) -> Any:
+        """The Trainer's; without a checkpoint to resume from, no climb of a training before is reused."""
+        self.alternation.restart()
+        return super().train(*args, **options)
+
     # A step ----------------------------------------------------------------------------------------------------------
 
     def get_batch_samples(self, *args: Any, **options: Any) -> tuple[list, Tensor | int | None]:
@@ -323,7 +328,6 @@ class _SharpnessAware(PackedSaving):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        self.alternation.restart()
         path = checkpoint and Path(checkpoint) / _STATE
         if path and path.is_file():
             self.alternation.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))

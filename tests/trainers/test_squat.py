@@ -3,12 +3,14 @@
 import copy
 import functools
 import json
+import math
 import sys
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file
 from tiny_models import logits, make, token_ids
 from tolerances import relative_error
@@ -57,7 +59,9 @@ def gradients(of: nn.Module, rows: list[dict]) -> dict[str, torch.Tensor]:
     return {name: p.grad.clone() for name, p in of.named_parameters() if p.grad is not None}
 
 
-def reference(of: nn.Module, turn: list[str], rho: float, adaptive: bool = False, perturb: str = "quantized") -> nn.Module:
+def reference(
+    of: nn.Module, turn: list[str], rho: float, adaptive: bool = False, perturb: str = "quantized", clip: float = math.inf
+) -> nn.Module:
     """Whole batches of 8, SGD, everything by its formula; `turn` says whose each step is."""
     of.eval()
     scales = step_sizes(of)
@@ -87,14 +91,19 @@ def reference(of: nn.Module, turn: list[str], rho: float, adaptive: bool = False
         for layer in slots.values():
             layer.perturbation = None
         of.load_state_dict(kept)
+        followed = {}
+        for name, g in sharp.items():
+            if name in scales and objective != "weights":
+                found = at_weights[name] if objective in ("split", "step sizes") else g
+                followed[name] = gradient_scale(of, name) * found
+            elif name not in scales and objective != "step sizes":
+                followed[name] = at_weights[name] if objective == "plain" else g
+        size = sum(g.double().square().sum() for g in followed.values()).sqrt()
+        rate = 0.5 * min(1.0, clip / float(size))
         with torch.no_grad():
-            for name, g in sharp.items():
-                if name in scales and objective != "weights":
-                    found = at_weights[name] if objective in ("split", "step sizes") else g
-                    p = scales[name]
-                    p.copy_(torch.maximum(p - 0.5 * gradient_scale(of, name) * found, p / 2))
-                elif name not in scales and objective != "step sizes":
-                    of.get_parameter(name).sub_(0.5 * (at_weights[name] if objective == "plain" else g))
+            for name, g in followed.items():
+                p = of.get_parameter(name)
+                p.copy_(torch.maximum(p - rate * g, p / 2) if name in scales else p - rate * g)
     of.zero_grad()
     return of
 
@@ -160,6 +169,17 @@ class TestTheSteps:
         expected = reference(model(), TURNS["step"], rho=0.5, **options).state_dict()
         run = trainer(tmp_path, max_steps=3, rho=0.5, alternate="step", **options, **BY_HAND, **RATES)
         run.train()
+        assert_same_movement(run.model.state_dict(), expected, start)
+
+    def test_are_clipped_at_the_end(self, tmp_path):
+        """One norm over all gradients that are followed, those of step sizes with LSQ's factor."""
+        start = copy.deepcopy(model().state_dict())
+        expected = reference(model(), TURNS["step"], rho=0.5, clip=0.05).state_dict()
+        batches = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+        options = {**BY_HAND, **RATES, **batches, "max_grad_norm": 0.05}
+        run = trainer(tmp_path, max_steps=3, rho=0.5, alternate="step", **options)
+        run.train()
+        assert min(entry["grad_norm"] for entry in losses(run)) > 0.1
         assert_same_movement(run.model.state_dict(), expected, start)
 
     def test_without_radius_are_lsq(self, tmp_path):
@@ -325,6 +345,74 @@ class TestTheSteps:
         for figure in ("loss", "grad_norm", "sharp_loss"):
             assert found[1][figure] == pytest.approx(found[0][figure], rel=1e-4)
 
+    def test_in_parts_of_which_the_first_has_no_target(self, tmp_path):
+        """How a model counts is not to be told from a batch of which nothing counts."""
+        start = prepare(make("llama-tied"), PreQuantConfig(weight_bits=3, activation_bits=None).scheme())
+        rows = [{"input_ids": row, "labels": row.clone()} for row in token_ids(8, 7)]
+        rows[0]["labels"].fill_(-100)
+        options = {
+            "per_device_train_batch_size": 1,
+            "gradient_accumulation_steps": 4,
+            "train_sampling_strategy": "sequential",
+        }
+        run = trainer(tmp_path, start, data=rows, max_steps=2, rho=0.01, **options)
+        run.train()
+        whole = [torch.stack([row[key] for row in rows[:4]]) for key in ("input_ids", "labels")]
+        other = prepare(make("llama-tied"), PreQuantConfig(weight_bits=3, activation_bits=None).scheme())
+        with torch.no_grad():
+            expected = other(input_ids=whole[0], labels=whole[1]).loss.item()
+        assert losses(run)[0]["loss"] == pytest.approx(expected, rel=1e-4)
+
+    def test_that_end_with_the_data_are_not_mixed_into_the_next(self, tmp_path):
+        """Five batches an epoch, two a step, and a dataset that does not say how many it has."""
+
+        class Rows(torch.utils.data.IterableDataset):
+            def __iter__(self):
+                return iter(samples(10))
+
+        batches = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+        run = trainer(tmp_path, data=Rows(), max_steps=4, rho=0.1, **batches)
+        finish, errors = run.alternation.finish, []
+
+        def checked(step, epoch, replay):
+            """The gradients that are there are those of the step's own batches."""
+            there = {name: p.grad for name, p in run.model.named_parameters() if p.grad is not None}
+            run.model.zero_grad()
+            replay()
+            errors.extend(
+                relative_error(p.grad, there[n]) for n, p in run.model.named_parameters() if n == "classifier.weight"
+            )
+            for name, p in run.model.named_parameters():
+                p.grad = there.get(name)
+            finish(step, epoch, replay)
+
+        run.alternation.finish = checked
+        run.train()
+        assert len(errors) == 4
+        assert max(errors) < 1e-5
+
+    def test_of_a_loss_of_the_user(self, tmp_path):
+        class Own(SQuATTrainer):
+            def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+                targets = inputs.pop("target")
+                outputs = model(**inputs)
+                loss = nn.functional.cross_entropy(outputs.logits, targets)
+                return (loss, outputs) if return_outputs else loss
+
+        found = []
+        rows = [{"input_ids": row["input_ids"], "target": row["labels"]} for row in samples()]
+        for parts in (1, 2):
+            batches = {"per_device_train_batch_size": 8 // parts, "gradient_accumulation_steps": parts}
+            args = SQuATArguments(
+                str(tmp_path), max_steps=1, remove_unused_columns=False, label_names=["target"], **PLAIN, **batches
+            )
+            run = Own(model(), args, train_dataset=rows)
+            run.model_accepts_loss_kwargs = False  # as `compute_loss` does not take the count
+            run.train()
+            found.append(losses(run)[0])
+        for figure in ("loss", "sharp_loss"):
+            assert found[1][figure] == pytest.approx(found[0][figure], rel=1e-4)
+
     def test_stop_at_a_loss_that_is_not_finite(self, tmp_path):
         run = trainer(tmp_path, rho=0.1, **SAVED)
 
@@ -397,6 +485,25 @@ class TestTheTeacher:
         for figure in ("loss", "grad_norm", "sharp_loss"):
             assert found[1][figure] == pytest.approx(found[0][figure], rel=1e-4)
 
+    def test_of_several_labels_is_followed_label_by_label(self, tmp_path):
+        """To add the same to all logits changes each label's probability."""
+        start, teacher = model(), make("bert-cls", seed=5)
+        start.config.problem_type = "multi_label_classification"
+        rows = [{**row, "labels": torch.tensor([1.0, 0.0, 1.0])} for row in samples()]
+        options = {"max_steps": 1, "train_sampling_strategy": "sequential", "distillation": 1.0}
+        batch = torch.stack([row["input_ids"] for row in rows[:8]])
+        with torch.no_grad():
+            wanted, found = teacher(batch).logits.sigmoid(), start.eval()(batch).logits.sigmoid()
+        distance = (wanted * (wanted / found).log() + (1 - wanted) * ((1 - wanted) / (1 - found)).log()).mean()
+        run = trainer(tmp_path, start, data=rows, teacher=teacher, **options)
+        run.train()
+        assert losses(run)[0]["loss"] == pytest.approx(distance.item(), rel=1e-4)
+
+    def test_without_logits_is_refused(self, tmp_path):
+        run = trainer(tmp_path, teacher=make("bert"), max_steps=1)
+        with pytest.raises(ValueError, match="a teacher that returns .* without logits does not go with SQuATTrainer"):
+            run.train()
+
     def test_is_not_asked_while_evaluating(self, tmp_path):
         teacher = make("bert-cls", seed=5)
         run = trainer(tmp_path, teacher=teacher, max_steps=1)
@@ -424,6 +531,20 @@ class TestTheOptimizer:
         assert changed
         assert not [name for name in changed if "embeddings" in name]
 
+    def test_leaves_the_step_sizes_of_frozen_weights_alone(self, tmp_path):
+        """Loaded with SQuATConfig they are trainable, whatever becomes of the weight."""
+        start = model()
+        for p in step_sizes(start).values():
+            p.requires_grad_(True)
+        frozen = (start.get_input_embeddings(), start.bert.encoder.layer[0].attention.self.query)
+        for layer in frozen:
+            layer.weight.requires_grad_(False)
+        before = [layer.weight_scale.detach().clone() for layer in frozen]
+        run = trainer(tmp_path, start, max_steps=2, learning_rate=0.01, weight_decay=0.1)
+        run.train()
+        assert all(torch.equal(layer.weight_scale, value) for layer, value in zip(frozen, before, strict=True))
+        assert {p.requires_grad for p in step_sizes(start).values()} == {True, False}
+
     def test_of_the_user_is_taken(self, tmp_path):
         start = model()
         optimizer = torch.optim.SGD([*start.parameters()], lr=1e4)
@@ -439,6 +560,15 @@ class TestTheOptimizer:
         optimizer = torch.optim.SGD([*start.parameters()], lr=0.1)
         with pytest.raises(ValueError, match="an optimizer for a model that is sharded does not go with SQuATTrainer"):
             SQuATTrainer(start, SQuATArguments(str(tmp_path), **PLAIN), optimizers=(optimizer, None))
+        saved = {
+            "load_best_model_at_end": True,
+            "save_strategy": "steps",
+            "eval_strategy": "steps",
+            "save_only_model": True,
+        }
+        args = SQuATArguments(str(tmp_path), **{**PLAIN, **saved})
+        with pytest.raises(ValueError, match="load_best_model_at_end=True with a model that is sharded does not go with"):
+            SQuATTrainer(start, args, eval_dataset=samples())
 
     def test_with_groups_of_its_own_is_refused(self, tmp_path):
         run = trainer(tmp_path)
@@ -463,6 +593,27 @@ class TestResuming:
             resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
             assert different(resumed.model.state_dict(), whole.model.state_dict()) == []
             assert losses(resumed) == losses(whole)
+
+    def test_with_another_reuse_of_climbs(self, tmp_path):
+        trainer(tmp_path, max_steps=3, rho=0.1, save_strategy="steps", save_steps=3).train()
+        again = trainer(tmp_path / "again", max_steps=6, rho=0.1, climb_every=5)
+        again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+        assert ["sharp_loss" in entry for entry in losses(again)] == [True] * 4 + [False, True]
+
+    def test_of_other_weights_is_refused(self, tmp_path):
+        trainer(tmp_path, max_steps=3, rho=0.1, climb_every=2, save_strategy="steps", save_steps=3).train()
+        start = model()
+        start.bert.embeddings.requires_grad_(False)
+        again = trainer(tmp_path / "again", start, max_steps=6, rho=0.1, climb_every=2)
+        with pytest.raises(ValueError, match="last climb was of .* tensors, and .* are trained now"):
+            again.alternation.load_state_dict(torch.load(tmp_path / "checkpoint-3" / "squat.pt"))
+
+    def test_a_second_training_begins_anew(self, tmp_path):
+        run = trainer(tmp_path, max_steps=3, rho=0.1, climb_every=2)
+        run.train()
+        run.train()
+        assert ["sharp_loss" in entry for entry in losses(run)] == [True, False, True]
+        assert losses(run)[0]["scale_drift"] < 0.01
 
     @pytest.mark.slow
     def test_is_exact_after_a_kill(self, tmp_path):
@@ -582,6 +733,11 @@ class TestArguments:
         with pytest.raises(ValueError, match=message):
             SQuATTrainer(model(), args)
 
+    def test_half_precision_that_the_launcher_asks_for(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(Accelerator, "mixed_precision", "fp16")
+        with pytest.raises(ValueError, match="fp16, asked for by the launcher, does not go with .*; use bf16=True"):
+            SQuATTrainer(model(), SQuATArguments(str(tmp_path), **PLAIN))
+
     def test_sharding_that_the_launcher_asks_for(self, tmp_path, monkeypatch):
         monkeypatch.setattr(SQuATTrainer, "is_deepspeed_enabled", True, raising=False)
         monkeypatch.setattr(Trainer, "__init__", lambda self, *_, **__: None)
@@ -613,7 +769,7 @@ class TestBadModels:
     def test_frozen(self, tmp_path):
         start = model()
         start.bert.requires_grad_(False)
-        self.refused(tmp_path, "BertForSequenceClassification has no fake-quantized layer to train", start)
+        self.refused(tmp_path, "weights of all .* fake-quantized layers of BertForSequenceClassification are frozen", start)
 
     def test_uncalibrated(self, tmp_path):
         scheme = PreQuantConfig(activations="static").scheme()
