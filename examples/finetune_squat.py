@@ -4,7 +4,8 @@
         --weight-bits 2 --embedding-bits 2 --output-dir out --num-train-epochs 3 --rho 0.01
 
 Files are TSV, CSV, JSON(L) or parquet with a header; `--dataset nyu-mll/glue --subset sst2` takes a dataset instead. Labels
-are classes, by number or name, or floats (regression). `--rho 0` is plain training with learned step sizes.
+are classes, by number or by name, or floats (regression); names that the model's config has keep their numbers. `--rho 0`
+is plain training with learned step sizes.
 OUTPUT_DIR gets the packed model and `metrics.json`; its `checkpoint-*` keep float weights (`--resume-from-checkpoint`). All
 fields of `SQuATArguments` are options. `--landscape figure.png --beside OTHER` draws the loss around this model and around
 OTHER, such as one that was trained with `--rho 0`.
@@ -16,7 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding, HfArgumentParser
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    HfArgumentParser,
+)
 
 from optimum_zsaq import SQuATArguments, SQuATConfig, SQuATTrainer
 from optimum_zsaq.integrations.data import read_file
@@ -71,16 +78,20 @@ def read(task: Task) -> tuple[Any, Any]:
     return read_file(task.train_file), read_file(task.validation_file)
 
 
-def labels_of(train: Any, column: str) -> list[Any] | None:
-    """The classes, in order; None for numbers."""
+def labels_of(train: Any, column: str, known: dict[str, int]) -> list[Any] | None:
+    """The classes, in the order that the model knows them in, else sorted; None for numbers."""
     found = sorted(set(train[column]))
-    return None if any(isinstance(label, float) for label in found) else found
+    if any(isinstance(label, float) for label in found):
+        return None
+    if all(isinstance(label, str) and label in known for label in found):
+        return sorted(known, key=known.__getitem__)
+    return found
 
 
 def main() -> None:
     task, quantization, args = HfArgumentParser((Task, Quantization, SQuATArguments)).parse_args_into_dataclasses()
     train, dev = read(task)
-    classes = labels_of(train, task.label_column)
+    classes = labels_of(train, task.label_column, AutoConfig.from_pretrained(task.model).label2id)
     tokenizer = AutoTokenizer.from_pretrained(task.model)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -94,6 +105,8 @@ def main() -> None:
     texts = train[task.text_column][: SQuATConfig().calibration_samples]
     train, dev = (data.map(encode, batched=True, remove_columns=data.column_names) for data in (train, dev))
     options = {"dtype": torch.float32, "num_labels": 1 if classes is None else len(classes)}
+    if classes is not None and isinstance(classes[0], str):
+        options |= {"id2label": dict(enumerate(classes)), "label2id": {name: i for i, name in enumerate(classes)}}
     load = AutoModelForSequenceClassification.from_pretrained
     torch.manual_seed(args.seed)  # a new head
     model = load(task.model, quantization_config=quantization.config(texts), **options)

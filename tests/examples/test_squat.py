@@ -82,6 +82,18 @@ def test_the_deciding_cells_come_first(study):
     )
 
 
+def test_names_of_classes_keep_the_numbers_that_the_model_knows(monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    import finetune_squat
+
+    rows = {"label": ["entailment", "neutral", "contradiction"]}
+    known = {"entailment": 0, "neutral": 1, "contradiction": 2}
+    assert finetune_squat.labels_of(rows, "label", known) == ["entailment", "neutral", "contradiction"]
+    assert finetune_squat.labels_of(rows, "label", {"LABEL_0": 0}) == ["contradiction", "entailment", "neutral"]
+    assert finetune_squat.labels_of({"label": [1, 0, 1]}, "label", known) == [0, 1]
+    assert finetune_squat.labels_of({"label": [0.5, 1.0]}, "label", known) is None
+
+
 @pytest.mark.slow
 def test_the_example(data, tmp_path):
     """From a file to a packed model, metrics and a figure."""
