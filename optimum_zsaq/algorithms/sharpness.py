@@ -7,8 +7,6 @@ https://huggingface.co/papers/2102.11600, eq. 4. Step sizes are never perturbed.
 """
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -110,13 +108,3 @@ class Perturbation:
         for p, value in self._saved:
             p.copy_(value)
         self._saved = []
-
-
-@contextmanager
-def perturbed(model: nn.Module, settings: SharpnessSettings) -> Iterator[float]:
-    """`Perturbation.apply` for as long as the context lasts; gives its result."""
-    perturbation = Perturbation(model, settings)
-    try:
-        yield perturbation.apply()
-    finally:
-        perturbation.remove()

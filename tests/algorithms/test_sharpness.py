@@ -1,10 +1,13 @@
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import pytest
 import torch
 from tiny_models import make
 from torch import nn
 
 from optimum_zsaq import PreQuantConfig, pack, prepare
-from optimum_zsaq.algorithms.sharpness import Perturbation, SharpnessSettings, perturbed
+from optimum_zsaq.algorithms.sharpness import Perturbation, SharpnessSettings
 from optimum_zsaq.surgery import low_bit_layers
 
 
@@ -17,6 +20,15 @@ def loss(model: nn.Module) -> torch.Tensor:
     ids = torch.arange(3, 35).view(2, 16)
     inputs = {"input_ids": ids, **({"decoder_input_ids": ids} if model.config.is_encoder_decoder else {})}
     return model(**inputs).logits.float().square().mean()
+
+
+@contextmanager
+def perturbed(model: nn.Module, settings: SharpnessSettings) -> Iterator[float]:
+    perturbation = Perturbation(model, settings)
+    try:
+        yield perturbation.apply()
+    finally:
+        perturbation.remove()
 
 
 def climbed(model: nn.Module, settings: SharpnessSettings) -> torch.Tensor:
