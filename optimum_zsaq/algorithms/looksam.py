@@ -85,15 +85,14 @@ class ReusedClimb:
         Raises:
             ValueError: it is of other weights.
         """
-        direction = state["direction"]
+        direction = state["direction"] if self._every > 1 else []
         if direction and len(direction) != len(self._weights):
             raise ValueError(
                 f"the checkpoint's last climb was of {len(direction)} tensors, and {len(self._weights)} are trained now; "
                 "freeze what was frozen then, or resume with climb_every=1"
             )
         self._done = state["done"]
-        kept = direction if self._every > 1 else []
-        self._direction = [d if d is None else d.to(p.device) for d, p in zip(kept, self._weights, strict=False)]
+        self._direction = [d if d is None else d.to(p.device) for d, p in zip(direction, self._weights, strict=False)]
 
 
 def _product(one: Sequence[Tensor | None], other: Sequence[Tensor | None]) -> float:

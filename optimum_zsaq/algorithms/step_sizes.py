@@ -69,8 +69,8 @@ class StepSizes:
         if not self._layers and not has_adapter(model):
             raise ValueError(f"the weights of all {len(every)} fake-quantized layers of {name} are frozen; unfreeze some")
         for layer in every.values():
-            for name in STEP_SIZES:
-                if (scale := getattr(layer, name, None)) is not None:
+            for kind in STEP_SIZES:
+                if (scale := getattr(layer, kind, None)) is not None:
                     scale.requires_grad_(layer.weight.requires_grad)
         self.all = [size for name, layer in self._layers.items() for size in _of_layer(name, layer)]
         for size in self.all:

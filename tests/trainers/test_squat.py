@@ -607,6 +607,7 @@ class TestResuming:
         again = trainer(tmp_path / "again", start, max_steps=6, rho=0.1, climb_every=2)
         with pytest.raises(ValueError, match="last climb was of .* tensors, and .* are trained now"):
             again.alternation.load_state_dict(torch.load(tmp_path / "checkpoint-3" / "squat.pt"))
+        trainer(tmp_path, start, rho=0.1).alternation.load_state_dict(torch.load(tmp_path / "checkpoint-3" / "squat.pt"))
 
     def test_a_second_training_begins_anew(self, tmp_path):
         run = trainer(tmp_path, max_steps=3, rho=0.1, climb_every=2)
