@@ -41,6 +41,20 @@ def test_products_and_gradients_are_those_of_the_dense_matrix(case, shape, devic
     assert all(torch.allclose(a, b, rtol=1e-12, atol=1e-12) for a, b in zip(found, expected, strict=True))
 
 
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("many", [63, 64, 129, 300])
+def test_products_of_many_inputs_are_the_dense_matrix_s_too(case, many, device):
+    """They are computed another way, in blocks; the tolerance is that of another order of float32 sums."""
+    rows, columns, _ = case
+    positions, values = (tensor.to(device) for tensor in outliers(*case))
+    x = torch.randn(columns, many, device=device).t().requires_grad_()
+    y = OutlierProducts.apply(x, values.requires_grad_(), positions, rows)
+    expected = x.detach().cpu() @ dense(positions.cpu(), values.detach().cpu(), rows, columns).t()
+    assert torch.allclose(y.cpu(), expected, rtol=1e-5, atol=1e-5)
+    y.sum().backward()
+    assert (x.grad.shape, values.grad.shape) == (x.shape, values.shape)
+
+
 def test_gradcheck():
     positions, values = outliers(5, 7, 6, torch.float64)
     x = torch.randn(2, 3, 7, dtype=torch.float64, requires_grad=True)
