@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 BITS = range(2, 9)
 WEIGHT_GRANULARITIES = ("tensor", "row", "group")
 INPUT_GRANULARITIES = ("tensor", "token")
+OUTLIER_SCOPES = ("matrix", "row")
 
 
 @dataclass(frozen=True)
@@ -95,14 +96,16 @@ class LayerSpec:
         weight (`QuantSpec`): the codes of the weight.
         inputs (`QuantSpec`, *optional*): the layer's input: "token" (dynamic) or "tensor" (static); None: float.
         outliers (`float`): share of the weights whose float residual is stored beside the codes, in [0, 1).
+        outlier_scope (`str`): which they are: the largest of the "matrix", or as many of each "row".
 
     Raises:
-        ValueError: a granularity that does not fit the tensor, symmetric inputs, or a share outside [0, 1).
+        ValueError: a granularity that does not fit the tensor, symmetric inputs, a share outside [0, 1), an unknown scope.
     """
 
     weight: QuantSpec
     inputs: QuantSpec | None = None
     outliers: float = 0.0
+    outlier_scope: str = "matrix"
 
     def __post_init__(self):
         if self.weight.granularity not in WEIGHT_GRANULARITIES:
@@ -113,6 +116,8 @@ class LayerSpec:
             raise ValueError("inputs always have a zero point and got symmetric=True; use symmetric=False")
         if not 0.0 <= self.outliers < 1.0:
             raise ValueError(f"outliers={self.outliers!r} is not a share of the weights; use a number in [0, 1)")
+        if self.outlier_scope not in OUTLIER_SCOPES:
+            raise ValueError(f"outlier_scope={self.outlier_scope!r} is unknown; use one of {OUTLIER_SCOPES}")
 
     def text(self) -> str:
         """For people: "W4 group/32, A8 dynamic, outliers=0.005"."""
@@ -120,7 +125,8 @@ class LayerSpec:
         text = f"W{weight.bits} {weight.granularity}{f'/{weight.group_size}' if weight.group_size else ''}"
         if inputs is not None:
             text += f", A{inputs.bits} {'dynamic' if inputs.granularity == 'token' else 'static'}"
-        return f"{text}, outliers={self.outliers}" if self.outliers else text
+        scope = " of rows" if self.outlier_scope == "row" else ""
+        return f"{text}, outliers={self.outliers}{scope}" if self.outliers else text
 
     def outlier_count(self, rows: int, columns: int) -> int:
         """How many residuals a weight (rows, columns) stores: 0 without outliers, else at least 1."""
@@ -137,6 +143,7 @@ class QuantScheme:
         activations (`QuantSpec`, *optional*): the inputs of the Linear layers; None: they stay float.
         skip (`tuple[str, ...]`): names of modules that stay float: a full name, or trailing or leading parts of one.
         outliers (`float`): share of the weights of each matrix whose float residual is stored, in [0, 1).
+        outlier_scope (`str`): which they are: the largest of the "matrix", or as many of each "row".
     """
 
     weights: QuantSpec
@@ -144,6 +151,7 @@ class QuantScheme:
     activations: QuantSpec | None = None
     skip: tuple[str, ...] = field(default=())
     outliers: float = 0.0
+    outlier_scope: str = "matrix"
 
     def __post_init__(self):
         if isinstance(self.skip, str):
@@ -153,9 +161,9 @@ class QuantScheme:
     @property
     def linear(self) -> LayerSpec:
         """The row of a Linear layer."""
-        return LayerSpec(self.weights, self.activations, self.outliers)
+        return LayerSpec(self.weights, self.activations, self.outliers, self.outlier_scope)
 
     @property
     def embedding(self) -> LayerSpec | None:
         """The row of an input embedding table, None where tables stay float."""
-        return LayerSpec(self.embeddings, None, self.outliers) if self.embeddings else None
+        return LayerSpec(self.embeddings, None, self.outliers, self.outlier_scope) if self.embeddings else None

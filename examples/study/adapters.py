@@ -1,6 +1,7 @@
 """Tuning a quantized base for a task: outlier weights, controls of the same size, and full tuning of the float model.
 
-One base a scheme, all-MiniLM-L6-v2 quantized once with 0.5 % stored outliers; on it SST-2 and CoLA, of each 8,000 training
+One base a scheme, all-MiniLM-L6-v2 quantized once with 0.5 % stored outliers, the largest of each matrix ("outliers-row":
+another one, with those of each row); on it SST-2 and CoLA, of each 8,000 training
 sentences that a fixed seed draws, in batches of 32: two epochs of SST-2, three of CoLA, which is learned later. All methods
 have the same search for a learning rate: `SEARCH_STEPS` steps with each of three, judged by the loss on held-out training
 sentences. A new head learns at `adapters_training.HEAD_RATE` in every row but those of full tuning and of the head alone,
@@ -41,7 +42,7 @@ RATES = {  # kept low, as short runs like rates at which whole trainings of CoLA
     "full": (2.5e-5, 5e-5, 1e-4),
 }
 DECIDING = ("outliers", "random", "full", "lora")
-METHODS = ("outliers", "random", "lora", "full", "bitfit", "outliers-zero", "head")
+METHODS = ("outliers", "outliers-row", "random", "lora", "full", "bitfit", "outliers-zero", "head")
 CRITERIA = ("magnitude", "deviation", "error", "random")
 SHARES = (0.001, 0.0025, 0.01, 0.02)
 
@@ -56,8 +57,9 @@ def cell(task: str, method: str, scheme: str, seed: int, **settings: Any) -> Cel
 
 def outlier_cell(task: str, method: str, scheme: str, seed: int) -> Cell:
     """A cell of `METHODS`."""
-    options = {"outliers": {}, "outliers-zero": {"start": "zero"}, "random": {"criterion": "random", "fraction": SHARE}}
-    return cell(task, method, scheme, seed, options=options.get(method, {}))
+    options = {"outliers-zero": {"start": "zero"}, "random": {"criterion": "random", "fraction": SHARE}}
+    scope = "row" if method == "outliers-row" else "matrix"
+    return cell(task, method, scheme, seed, options=options.get(method, {}), scope=scope)
 
 
 def cells() -> list[Cell]:
@@ -150,6 +152,7 @@ def quantized_base(cell: Cell, data: Path, packed: bool = True) -> Any:
 
     bits, table_bits = SCHEMES[cell.scheme]
     options = {"outliers": cell.settings.get("stored", SHARE), "ranges": cell.settings.get("ranges", "mse")}
+    options["outlier_scope"] = cell.settings.get("scope", "matrix")
     config = PreQuantConfig(weight_bits=bits, embedding_bits=table_bits, packed=packed, **options)
     torch.manual_seed(cell.seed)
     return AutoModelForSequenceClassification.from_pretrained(data / MODEL, quantization_config=config, dtype=torch.float32)

@@ -1,9 +1,9 @@
 """Choosing the outlier weights that are tuned after quantization (PreQuant's second stage).
 
-A criterion gives every weight of a matrix a score, and the highest scores are the outliers: of each matrix by itself, or of
-all matrices together. Which criterion PreQuant uses is unknown to us; these four are candidates, and the choice among them
-is ours (docs/methods/prequant_adapters.md). Not here: the values at the outliers, which a PEFT tuner trains
-(`integrations/peft.py`).
+A criterion gives every weight of a matrix a score, and the highest scores are the outliers: of each matrix by itself, of
+each of its rows, or of all matrices together. Which criterion PreQuant uses is unknown to us; these four are candidates,
+and the choice among them is ours (docs/methods/prequant_adapters.md). Not here: the values at the outliers, which a PEFT
+tuner trains (`integrations/peft.py`).
 
 Source: PreQuant (https://huggingface.co/papers/2306.00014) tunes about 0.5 % of the weights; GOBO
 (https://huggingface.co/papers/2005.03842) calls those outliers that are unlikely under a Gaussian of their matrix.
@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from ..kinds import kind_of
 from ..layers import FakeQuantLinear, LowBitLayer, PackedLinear
-from ..ops import first_largest, largest_positions
+from ..ops import first_largest, largest_of_rows, largest_positions
 
 
 STORED = "stored"
-SCOPES = ("matrix", "model")
+SCOPES = ("matrix", "row", "model")
 
 
 def magnitude(weight: Tensor, rounded: Tensor | None = None, seed: int = 0) -> Tensor:
@@ -92,8 +92,9 @@ def choose_outliers(
         layers (`Mapping[str, nn.Module]`): packed, fake-quantized or float layers that compute a matmul, by name.
         criterion (`str`): a name in `CRITERIA`, or "stored": those that the layer stores already, whatever `fraction` is.
         fraction (`float`): share of the weights, in (0, 1).
-        scope (`str`): "matrix": that share of each matrix, at least one weight of it. "model": that share of all of them
-            together, so that a matrix may have none.
+        scope (`str`): "matrix": that share of each matrix, at least one weight of it. "row": as many weights of each row of
+            a matrix, as far as they can be shared out. "model": that share of all of them together, so that a matrix may
+            have none.
         seed (`int`): of criterion="random"; matrix number n draws with seed + n.
 
     Returns:
@@ -109,8 +110,9 @@ def choose_outliers(
     sizes = {name: rows * columns for name, (rows, columns) in ((n, weight_shape(layer)) for n, layer in layers.items())}
     if scope == "model":
         return _choose_together(layers, criterion, max(1, round(fraction * sum(sizes.values()))), seed)
+    largest = largest_of_rows if scope == "row" else largest_positions
     scores = ((name, _scores(name, layer, criterion, seed + n)) for n, (name, layer) in enumerate(layers.items()))
-    return {name: largest_positions(found, max(1, round(fraction * sizes[name]))) for name, found in scores}
+    return {name: largest(found, max(1, round(fraction * sizes[name]))) for name, found in scores}
 
 
 def _choose_together(layers: Mapping[str, nn.Module], criterion: str, count: int, seed: int) -> dict[str, Tensor]:

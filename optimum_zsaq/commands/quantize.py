@@ -67,6 +67,7 @@ class QuantizeCommand(Command):
             help="mse, minmax, signed, lsq; ternary (2 bits); auto, of zsaq and mrem the default, else mse",
         )
         parser.add_argument("--outliers", type=float, help="share of each matrix kept as float residuals, e.g. 0.005")
+        parser.add_argument("--outlier-scope", default="matrix", help="matrix: its largest; row: as many of each row")
         parser.add_argument("--activations", default="dynamic", help="dynamic or static (default: dynamic)")
         parser.add_argument("--calibration-data", help=_DATA_HELP)
         parser.add_argument("--calibration-samples", type=int, help="texts used of it (default: 128, mrem: 1024)")
@@ -169,6 +170,7 @@ def _quantization_config(args: Namespace) -> Any:
         activations=args.activations,
         modules_to_not_convert=args.modules_to_not_convert,
         outliers=args.outliers,
+        outlier_scope=args.outlier_scope,
         calibration_data=args.calibration_data,
         seed=args.seed,
     )

@@ -16,7 +16,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..kinds import ModelFacts, kind_of, reader_of
 from ..layers.packed import check_runtime
-from ..spec import LayerSpec, QuantScheme, QuantSpec
+from ..spec import OUTLIER_SCOPES, LayerSpec, QuantScheme, QuantSpec
 from ..surgery import low_bit_layers, tied_row
 
 
@@ -45,6 +45,8 @@ class LowBitConfig(QuantizationConfigMixin):
         modules_to_not_convert (`list[str]`, *optional*): runs of name parts, such as "pooler" or "encoder.layer.0", of
             layers that stay float, in addition to heads, which always do.
         outliers (`float`, *optional*): share of each matrix whose float residual is stored beside the codes, in (0, 1).
+        outlier_scope (`str`): which they are: "matrix": its largest magnitudes; "row": those of each row, as many of each,
+            which adapters train better (docs/methods/prequant_adapters.md).
         runtime (`str`): "fast" keeps up to a byte a weight beside the codes while running, "small" only the codes, as on
             disk. A loading attribute: not stored.
         kernel (`str`, *optional*): the only kernel allowed, such as "reference"; None: the fastest. A loading attribute.
@@ -75,6 +77,7 @@ class LowBitConfig(QuantizationConfigMixin):
         activations: str = "dynamic",
         modules_to_not_convert: list[str] | None = None,
         outliers: float | None = None,
+        outlier_scope: str = "matrix",
         runtime: str = "fast",
         kernel: str | None = None,
         calibration_data: Any = None,
@@ -94,7 +97,7 @@ class LowBitConfig(QuantizationConfigMixin):
         self.granularity, self.group_size, self.symmetric = granularity, group_size, symmetric
         self.ranges, self.activations = ranges, activations
         self.modules_to_not_convert = _list_of_names(modules_to_not_convert)
-        self.outliers = outliers
+        self.outliers, self.outlier_scope = outliers, outlier_scope
         self.runtime, self.kernel = runtime, kernel
         self.calibration_data, self.calibration_samples, self.seed = calibration_data, calibration_samples, seed
         self._check_values()
@@ -124,6 +127,7 @@ class LowBitConfig(QuantizationConfigMixin):
             ("ranges", self.range_methods),
             ("activations", ("dynamic", "static")),
             ("symmetric", (True, False)),
+            ("outlier_scope", OUTLIER_SCOPES),
             ("packed", (True, False)),
         ):
             if getattr(self, name) not in allowed:
@@ -198,7 +202,7 @@ class LowBitConfig(QuantizationConfigMixin):
         granularity = "token" if self.activations == "dynamic" else "tensor"
         activations = self.activation_bits and QuantSpec(self.activation_bits, granularity, symmetric=False)
         skip = tuple(self.modules_to_not_convert or ())
-        return QuantScheme(weights, embeddings or None, activations or None, skip, self.outliers or 0.0)
+        return QuantScheme(weights, embeddings or None, activations or None, skip, self.outliers or 0.0, self.outlier_scope)
 
     # The table of specs by module ------------------------------------------------------------------------------------
 
@@ -331,7 +335,8 @@ def _row(fields: dict[str, Any] | None) -> LayerSpec | None:
         return None
     inputs = fields.get("inputs")
     try:
-        return LayerSpec(QuantSpec(**fields["weight"]), inputs and QuantSpec(**inputs), fields.get("outliers", 0.0))
+        outliers = {name: fields[name] for name in ("outliers", "outlier_scope") if name in fields}
+        return LayerSpec(QuantSpec(**fields["weight"]), inputs and QuantSpec(**inputs), **outliers)
     except ValueError as error:
         raise _TableError(str(error)) from error
 

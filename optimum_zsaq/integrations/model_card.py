@@ -89,7 +89,8 @@ def _summary(model: PreTrainedModel) -> str:
         parts.append(f"inputs of Linear layers: {f'{inputs.bits} bits, {how}' if inputs else 'float'}")
     parts.append(f"input embeddings: {f'{table.weight.bits} bits' if table else 'float'}")
     if (linear or table).outliers:
-        parts.append(f"outliers: the largest {100 * (linear or table).outliers:g} % of each matrix keep a float residual")
+        share, scope = (linear or table).outliers, (linear or table).outlier_scope
+        parts.append(f"outliers: the largest {100 * share:g} % of each {scope} keep a float residual")
     return "\n".join(f"- {part}" for part in parts)
 
 

@@ -48,7 +48,7 @@ class OutlierConfig(PeftConfig):
         criterion (`str`, *optional*): "magnitude", "deviation" (from the mean, in sigmas), "error" (|W - Q(W)|, on a
             fake-quantized base), "random", or "stored": the outliers that the base stores. None: "stored" if all layers
             store some, else "magnitude".
-        scope (`str`): "matrix": the share of each matrix, "model": of all of them together.
+        scope (`str`): "matrix": the share of each matrix, "row": of each row, "model": of all matrices together.
         start (`str`): "residual": the model starts as the base is, with the residuals that it stores. "zero": the residuals
             that it stores at trained positions are left out at the start.
         seed (`int`): of criterion="random".

@@ -384,4 +384,5 @@ def _config_of(layers: list[LowBitLayer]) -> LowBitConfig:
         ranges="ternary" if main.weight.ternary else "mse",
         activations="static" if inputs and inputs.granularity == "tensor" else "dynamic",
         outliers=main.outliers or None,
+        outlier_scope=main.outlier_scope,
     )

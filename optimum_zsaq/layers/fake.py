@@ -12,7 +12,15 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from ..ops import NOT_FINITE, add_outliers, fake_quantize, find_ranges, gather_outlier_rows, largest_positions
+from ..ops import (
+    NOT_FINITE,
+    add_outliers,
+    fake_quantize,
+    find_ranges,
+    gather_outlier_rows,
+    largest_of_rows,
+    largest_positions,
+)
 from ..spec import LayerSpec, QuantSpec
 from .common import LowBitLayer
 
@@ -75,7 +83,8 @@ class _FakeQuant(LowBitLayer):
             return
         weight = self.master().detach().float()
         if self.weight_outlier_positions is not None:
-            self.weight_outlier_positions.copy_(largest_positions(weight, len(self.weight_outlier_positions)))
+            choose = largest_of_rows if self.spec.outlier_scope == "row" else largest_positions
+            self.weight_outlier_positions.copy_(choose(weight, len(self.weight_outlier_positions)))
             if not torch.isfinite(weight.reshape(-1)[self.weight_outlier_positions.long()]).all():
                 raise ValueError(NOT_FINITE)
             weight = weight.contiguous().view(-1).index_fill(0, self.weight_outlier_positions.long(), 0.0).view_as(weight)

@@ -1,7 +1,8 @@
 """The few weights of a matrix whose float residual is kept beside the codes: where they are, and adding them back.
 
 PreQuant (https://huggingface.co/papers/2306.00014) tunes about 0.5 % "outlier" weights a task; its criterion is unknown to
-us. Largest magnitude over the whole matrix is our choice, measured in docs/methods/prequant.md.
+us. Largest magnitudes, of the whole matrix or of each row, are our choice, measured in docs/methods/prequant.md and
+docs/methods/prequant_adapters.md.
 """
 
 from collections.abc import Sequence
@@ -23,11 +24,7 @@ def largest_positions(weight: Tensor, count: int) -> Tensor:
         ValueError: the matrix has more elements than an int32 can count.
     """
     flat = weight.detach().reshape(-1)
-    if flat.numel() > torch.iinfo(torch.int32).max:
-        raise ValueError(
-            f"a matrix of {flat.numel()} weights is too large for int32 outlier positions; "
-            "name it in modules_to_not_convert or use outliers=None"
-        )
+    _check_size(flat.numel())
     values, positions = flat.new_empty(0, dtype=torch.float32), flat.new_empty(0, dtype=torch.int64)
     for start in range(0, flat.numel(), _CHUNK):
         chunk = flat[start : start + _CHUNK].float().abs().nan_to_num(nan=torch.inf, posinf=torch.inf)
@@ -36,6 +33,45 @@ def largest_positions(weight: Tensor, count: int) -> Tensor:
         keep = first_largest(values, count)
         values, positions = values[keep], positions[keep]
     return positions.to(torch.int32)
+
+
+def largest_of_rows(weight: Tensor, count: int) -> Tensor:
+    """Positions of the largest magnitudes of each row, as many of each; what cannot be shared out goes to the rows whose
+    next one is largest.
+
+    Shapes: weight (O, I) -> (count,) int32 ascending, positions in `weight.flatten()`. Of equal magnitudes the first ones
+    are taken. The weight is read in blocks of rows.
+
+    Raises:
+        ValueError: see `largest_positions`.
+    """
+    rows, columns = weight.shape
+    _check_size(rows * columns)
+    each, rest = divmod(min(count, rows * columns), rows)
+    taken, nexts, values = [], [], []
+    for start, block in zip(range(0, rows, _rows(columns)), weight.detach().split(_rows(columns)), strict=True):
+        sizes = block.float().abs().nan_to_num(nan=torch.inf, posinf=torch.inf)
+        order = sizes.argsort(dim=1, descending=True, stable=True)[:, : each + 1]
+        where = order + torch.arange(start, start + len(block), device=order.device).unsqueeze(1) * columns
+        taken.append(where[:, :each].reshape(-1))
+        nexts.append(where[:, each:].reshape(-1))
+        values.append(sizes.gather(1, order[:, each:]).view(-1))
+    if rest:
+        taken.append(torch.cat(nexts)[first_largest(torch.cat(values), rest)])
+    return torch.cat(taken).sort().values.to(torch.int32)
+
+
+def _rows(columns: int) -> int:
+    """How many rows make up a chunk."""
+    return max(1, _CHUNK // max(1, columns))
+
+
+def _check_size(count: int) -> None:
+    if count > torch.iinfo(torch.int32).max:
+        raise ValueError(
+            f"a matrix of {count} weights is too large for int32 outlier positions; "
+            "name it in modules_to_not_convert or use outliers=None"
+        )
 
 
 def first_largest(values: Tensor, count: int) -> Tensor:

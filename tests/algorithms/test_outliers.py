@@ -56,6 +56,18 @@ class TestChoosing:
             assert positions.dtype == torch.int32
             assert positions.tolist() == sorted(p for _, p in by_sorting([scores], count)), name
 
+    def test_of_each_row(self, criterion, fraction, levels):
+        layers = float_layers(levels)
+        found = choose_outliers(layers, criterion, fraction, "row", seed=7)
+        for (name, positions), scores in zip(found.items(), self.scores(layers, criterion), strict=True):
+            count = max(1, round(fraction * scores.numel()))
+            of_rows = torch.bincount(positions.long() // scores.shape[1], minlength=len(scores))
+            assert len(positions) == count
+            assert of_rows.max() - of_rows.min() <= 1, name
+            for row, some in enumerate(of_rows.tolist()):
+                mine = positions[positions.long() // scores.shape[1] == row] - row * scores.shape[1]
+                assert mine.tolist() == sorted(p for _, p in by_sorting([scores[row]], some)), (name, row)
+
     def test_of_all_matrices_together(self, criterion, fraction, levels):
         layers = float_layers(levels)
         found = choose_outliers(layers, criterion, fraction, "model", seed=7)

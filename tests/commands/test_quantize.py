@@ -95,6 +95,7 @@ def test_quantize_then_inspect(monkeypatch, capsys, bert, tmp_path):
         (["--activations", "static", "--calibration-samples", "4"], "activations", "static"),
         (["--modules-to-not-convert", "pooler"], "modules_to_not_convert", ["pooler"]),
         (["--outliers", "0.01"], "outliers", 0.01),
+        (["--outliers", "0.01", "--outlier-scope", "row"], "outlier_scope", "row"),
     ],
 )
 def test_every_option_reaches_the_checkpoint(monkeypatch, bert, tmp_path, arguments, field, value):

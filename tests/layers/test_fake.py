@@ -79,6 +79,14 @@ class TestEveryKind:
         plain = fake_quantize(weight, layer.weight_scale, None, QuantSpec(3)).flatten()
         assert torch.equal(found[kept], plain[kept])
 
+    def test_outliers_of_rows_are_as_many_of_each(self, name):
+        weight = random_weight(3, 17, 0)
+        weight[0] *= 9  # the largest of the matrix are all in this row
+        layer = make(name, LayerSpec(QuantSpec(3), outliers=6 / 51, outlier_scope="row"), weight)
+        positions = weight.abs().topk(2, dim=1).indices + torch.tensor([[0], [17], [34]])
+        assert layer.weight_outlier_positions.tolist() == sorted(positions.flatten().tolist())
+        assert torch.allclose(layer.quantized_weight().flatten()[positions], weight.flatten()[positions], rtol=1e-6, atol=0)
+
     @pytest.mark.parametrize("spec", weight_specs((3,)), ids=spec_id)
     def test_block_by_block_is_the_same(self, name, spec, monkeypatch):
         weight = random_weight(7, 17, 0)

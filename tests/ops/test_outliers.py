@@ -5,6 +5,7 @@ from conformance import random_weight
 from optimum_zsaq.ops import (
     add_outliers,
     gather_outlier_rows,
+    largest_of_rows,
     largest_positions,
     outliers,
     sum_at_positions,
@@ -53,10 +54,38 @@ def test_largest_positions_of_a_strided_weight_count_in_its_own_rows():
     assert torch.equal(largest_positions(weight, 5), largest_positions(weight.contiguous(), 5))
 
 
+@pytest.mark.parametrize("levels", [None, 3], ids=["distinct", "ties"])
+@pytest.mark.parametrize("count", [1, 4, 5, 9, 15, 40, 64, 65])
+def test_largest_of_rows_are_those_of_sorted_rows(count, levels, monkeypatch, device):
+    for seed in range(20):
+        monkeypatch.setattr(outliers, "_CHUNK", (2**22, 30)[seed % 2])
+        weight = random_weight(5, 13, seed)
+        if levels:
+            weight = torch.randint(-levels, levels + 1, (5, 13), generator=torch.Generator().manual_seed(seed)).float()
+        each, rest = divmod(count, 5)
+        sizes = weight.abs().tolist()
+        orders = [sorted(range(13), key=lambda i, row=row: (-row[i], i)) for row in sizes]
+        expected = [13 * n + i for n, order in enumerate(orders) for i in order[:each]]
+        if rest:
+            rows = sorted(range(5), key=lambda n: (-sizes[n][orders[n][each]], n))[:rest]
+            expected += [13 * n + orders[n][each] for n in rows]
+        found = largest_of_rows(weight.to(device), count)
+        assert found.dtype == torch.int32
+        assert found.tolist() == sorted(expected), seed
+
+
+def test_largest_of_rows_with_what_is_not_finite_and_strided():
+    weight = torch.tensor([[1.0, torch.nan, 3.0], [2.0, -torch.inf, 5.0]])
+    assert largest_of_rows(weight, 2).tolist() == [1, 4]
+    assert largest_of_rows(weight.t(), 3).tolist() == [1, 2, 5]
+
+
 def test_too_many_weights_for_int32():
     weight = torch.empty(2**16, 2**15, device="meta")
     with pytest.raises(ValueError, match=f"a matrix of {2**31} weights is too large for int32 outlier positions"):
         largest_positions(weight, 1)
+    with pytest.raises(ValueError, match="too large for int32 outlier positions"):
+        largest_of_rows(weight, 1)
 
 
 def test_add_outliers_is_the_loop(device):
