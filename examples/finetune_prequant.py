@@ -18,7 +18,7 @@ def quantize(model: str, folder: Path, bits: int) -> None:
 
     from optimum_zsaq import PreQuantConfig
 
-    config = PreQuantConfig(weight_bits=bits, embedding_bits=bits, outliers=0.005, outlier_scope="row")
+    config = PreQuantConfig(weight_bits=bits, embedding_bits=bits, outliers=0.005)
     AutoModel.from_pretrained(model, quantization_config=config).save_pretrained(folder)
     AutoTokenizer.from_pretrained(model).save_pretrained(folder)
 

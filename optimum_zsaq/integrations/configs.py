@@ -45,8 +45,8 @@ class LowBitConfig(QuantizationConfigMixin):
         modules_to_not_convert (`list[str]`, *optional*): runs of name parts, such as "pooler" or "encoder.layer.0", of
             layers that stay float, in addition to heads, which always do.
         outliers (`float`, *optional*): share of each matrix whose float residual is stored beside the codes, in (0, 1).
-        outlier_scope (`str`): which they are: "matrix": its largest magnitudes; "row": those of each row, as many of each,
-            which adapters train better (docs/methods/prequant_adapters.md).
+        outlier_scope (`str`): which they are: "matrix": its largest magnitudes; "row": those of each row, as many of each.
+            Both measured in docs/methods/prequant_adapters.md.
         runtime (`str`): "fast" keeps up to a byte a weight beside the codes while running, "small" only the codes, as on
             disk. A loading attribute: not stored.
         kernel (`str`, *optional*): the only kernel allowed, such as "reference"; None: the fastest. A loading attribute.
