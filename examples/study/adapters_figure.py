@@ -43,7 +43,7 @@ def points(rows: Rows) -> dict[str, dict[str, list[tuple[str, list[float]]]]]:
 
 
 def plot(rows: Rows, path: Path) -> None:
-    """Write the figure: a row of panels a task; dots are seeds, lines their means, the dashed line full tuning."""
+    """Write the figure: a row of panels a task; dots are seeds, lines their means, dashed ones full tuning."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -55,12 +55,13 @@ def plot(rows: Rows, path: Path) -> None:
         for task, column in zip(of_tasks, axes[:, across], strict=True):
             places = [place for place, _ in of_tasks[task]]
             found = [(number, values) for number, (_, values) in enumerate(of_tasks[task]) if values]
-            column.plot([n for n, _ in found], [sum(v) / len(v) for _, v in found], color="tab:blue", lw=1)
+            line = {"lw": 1} if across == 0 else {"lw": 0, "marker": "_", "markersize": 22}
+            column.plot([n for n, _ in found], [sum(v) / len(v) for _, v in found], color="tab:blue", **line)
             column.scatter([n for n, v in found for _ in v], [value for _, v in found for value in v], s=16)
             full = [100 * row[TASKS[task]] for row in seeds_of(rows, task, "full", SCHEME)]
             if full:
                 column.axhline(sum(full) / len(full), color="tab:gray", ls="--", lw=1)
-            column.set_xticks(range(len(places)), places)
+            column.set_xticks(range(len(places)), places, fontsize=8)
             column.set_xlim(-0.5, len(places) - 0.5)
             column.grid(alpha=0.3)
             column.set_title(title if task == "sst2" else "", fontsize=9)
