@@ -38,7 +38,11 @@ def fingerprint(model: nn.Module, targets: Mapping[str, nn.Module]) -> dict[str,
     Returns:
         `dict[str, str]`: {"scheme": "36 x W4 row, A8 dynamic; 1 x W4 row", "weights": "1f0c3a5e"}.
     """
-    layers = {_plain(model, name): layer for name, layer in low_bit_layers(model) if layer.owner is layer}
+    layers = {
+        _plain(model, name): layer
+        for name, layer in low_bit_layers(model)
+        if layer.owner is layer and ".modules_to_save." not in name
+    }
     if layers:
         texts = [layer.spec.text() for layer in layers.values()]
         sums = {name: _low_bit_crc(layer) for name, layer in layers.items()}
@@ -50,7 +54,7 @@ def fingerprint(model: nn.Module, targets: Mapping[str, nn.Module]) -> dict[str,
 
 
 def _plain(model: nn.Module, name: str) -> str:
-    return body_name(model, name.replace(".base_layer", ""))
+    return body_name(model, name.replace(".base_layer", "").replace(".original_module", ""))
 
 
 def _low_bit_crc(layer: LowBitLayer) -> int:

@@ -90,7 +90,7 @@ def _summary(model: PreTrainedModel) -> str:
     parts.append(f"input embeddings: {f'{table.weight.bits} bits' if table else 'float'}")
     if (linear or table).outliers:
         share, scope = (linear or table).outliers, (linear or table).outlier_scope
-        parts.append(f"outliers: the largest {100 * share:g} % of each {scope} keep a float residual")
+        parts.append(f"outliers: {100 * share:g} % of each {scope} keep a float residual")
     return "\n".join(f"- {part}" for part in parts)
 
 

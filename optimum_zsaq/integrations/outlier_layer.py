@@ -53,8 +53,9 @@ class OutlierLinear(nn.Module, BaseTunerLayer):
         setattr(self, POSITIONS, BufferDict(persistent=True))
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
-        self._before_merges: list[list[tuple[Tensor, tuple, Tensor]]] = []
+        self._before_merges: list[list[tuple[str, tuple, Tensor]]] = []
         self._unions: dict[tuple[str, ...], tuple] = {}
+        self.register_load_state_dict_post_hook(_after_loading)
 
     def _adapter(self, kind: str) -> Any:
         return getattr(self, kind)
@@ -84,6 +85,39 @@ class OutlierLinear(nn.Module, BaseTunerLayer):
             rows = 1 if base.owner.spec.weight.granularity == "tensor" else self.out_features
             self._adapter(SCALES)[name] = nn.Parameter(torch.ones(rows, device=device))
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """As PEFT's; graphs of torch.compile find what they need of the positions worked out."""
+        super().set_adapter(adapter_names, inference_mode=inference_mode)
+        self._work_out()
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """As PEFT's; nothing that was kept of the adapter stays."""
+        super().delete_adapter(adapter_name)
+        self._work_out(anew=True)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "OutlierLinear":
+        result = super()._apply(fn, recurse)
+        self._work_out(anew=True)
+        return result
+
+    def _work_out(self, anew: bool = False) -> None:
+        """Keep the union of the active adapters' positions, once they have values; `anew`: forget what was kept."""
+        if anew:
+            self._unions.clear()
+        if not all(self._is_loaded(name) for name in self._active()):
+            return
+        if isinstance(self.get_base_layer(), PackedLinear):
+            groups, stored = ([self._active()] if self._active() else []), self._stored()
+        else:
+            groups, stored = [(name,) for name in self._active()], None
+        for names in groups:
+            if names not in self._unions:
+                self._union(names, stored)
+
+    def _is_loaded(self, name: str) -> bool:
+        positions = self._adapter(POSITIONS)[name]
+        return positions.device.type != "meta" and (not len(positions) or int(positions[0]) != _NOT_LOADED)
 
     def _stored(self) -> tuple[Tensor, Tensor] | None:
         base = self.get_base_layer()
@@ -218,19 +252,19 @@ class OutlierLinear(nn.Module, BaseTunerLayer):
         for name in check_adapters_to_merge(self, adapter_names):
             if name not in self._adapter(VALUES):
                 continue
-            (positions, _), weight = self._union((name,), None), kind_of(base).fake.oriented(base.weight.data)
+            positions, _ = self._union((name,), None)
             places = (positions.long() // self.in_features, positions.long() % self.in_features)
-            changes = [(weight, places, self._adapter(VALUES)[name])]
+            changes = [("weight", places, self._adapter(VALUES)[name])]
             if name in self._adapter(BIASES):
-                changes.append((base.bias.data, (slice(None),), self._adapter(BIASES)[name]))
-            before = [(tensor, where, tensor[where].clone()) for tensor, where, _ in changes]
+                changes.append(("bias", (slice(None),), self._adapter(BIASES)[name]))
+            before = [(kind, where, self._mergeable(kind)[where].clone()) for kind, where, _ in changes]
             merged = [
                 (old.float() + new.float()).to(old.dtype) for (_, _, old), (_, _, new) in zip(before, changes, strict=True)
             ]
             if safe_merge and not all(torch.isfinite(values).all() for values in merged):
                 raise ValueError(f"the adapter {name!r} makes weights that are not finite; it seems to be broken")
-            for (tensor, where, _), values in zip(before, merged, strict=True):
-                tensor[where] = values
+            for (kind, where, _), values in zip(before, merged, strict=True):
+                self._mergeable(kind)[where] = values
             self._before_merges.append(before)
             self.merged_adapters.append(name)
 
@@ -239,14 +273,22 @@ class OutlierLinear(nn.Module, BaseTunerLayer):
         """Take merged adapters out again: what they had changed is as it was, bit for bit."""
         while self.merged_adapters:
             self.merged_adapters.pop()
-            for tensor, where, values in self._before_merges.pop():
-                tensor[where] = values
+            for kind, where, values in self._before_merges.pop():
+                tensor = self._mergeable(kind)  # as it is now: the model may have been moved, cast or copied
+                tensor[tuple(w.to(tensor.device) if isinstance(w, Tensor) else w for w in where)] = values.to(tensor)
+
+    def _mergeable(self, kind: str) -> Tensor:
+        """The weight as (O, I), or the bias, of a float base layer, sharing its memory."""
+        base = self.get_base_layer()
+        return base.bias.data if kind == "bias" else kind_of(base).fake.oriented(base.weight.data)
 
     def check_store(self) -> None:
         """Raise a ValueError if `store` would not compute what this layer does."""
         base, names = self.get_base_layer(), self._active()
-        if not isinstance(base, LowBitLayer):
+        if not isinstance(base, LowBitLayer) or not names:
             return
+        if len(self._union(names, self._stored())[0]) == self.out_features * self.in_features:
+            raise ValueError("its outliers would be all of its weights; store_and_unload needs codes beside them")
         if base.owner is not base:
             raise ValueError("it reads another layer's weight, which would change too; leave it out of target_modules")
         if not isinstance(base, PackedLinear) and self._scale(names) is not None:
@@ -259,6 +301,8 @@ class OutlierLinear(nn.Module, BaseTunerLayer):
         `share` is what the base's spec says of its outliers, if it gives their number.
         """
         base, names = self.get_base_layer(), self._active()
+        if not names:
+            return
         if not isinstance(base, LowBitLayer):
             self.merge()
             return
@@ -274,3 +318,7 @@ class OutlierLinear(nn.Module, BaseTunerLayer):
         if isinstance(base, PackedLinear):
             base.drop_prepacked()
         base.store_outliers(positions.clone(), values.clone(), share)
+
+
+def _after_loading(layer: OutlierLinear, _: Any) -> None:
+    layer._work_out(anew=True)

@@ -7,6 +7,9 @@ Source: PreQuant (https://huggingface.co/papers/2306.00014), second stage. About
 criterion, the start value and everything else here is our choice (docs/methods/prequant_adapters.md).
 """
 
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,7 +29,7 @@ except ImportError as fault:
 
 from ..algorithms.outliers import STORED, check_choice, choose_outliers
 from ..kinds import kind_of, reader_of
-from ..layers import LowBitLayer
+from ..layers import LowBitLayer, PackedEmbedding, PackedLinear
 from .fingerprint import check_fingerprint, fingerprint
 from .outlier_layer import NO_MERGE, OutlierLinear
 
@@ -107,9 +110,15 @@ class OutlierModel(BaseTuner):
 
     # Adding ------------------------------------------------------------------------------------------------------------
 
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """As PEFT's, with a config of the adapter's own: what is written into it is no matter of other adapters."""
+        self.peft_config[adapter_name] = copy.copy(self.peft_config[adapter_name])
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+
     def _prepare_adapter_config(self, peft_config: OutlierConfig, model_config: dict) -> OutlierConfig:
         if peft_config.target_modules is None:
-            peft_config.target_modules = set(default_targets(self.model))
+            whole = tuple(peft_config.modules_to_save or ())
+            peft_config.target_modules = {name for name in default_targets(self.model) if not _inside(name, whole)}
         if peft_config.train_norms:
             peft_config.modules_to_save = sorted({*(peft_config.modules_to_save or ()), *norm_names(self.model)})
         return peft_config
@@ -117,6 +126,9 @@ class OutlierModel(BaseTuner):
     def _prepare_model(self, peft_config: OutlierConfig, model: nn.Module) -> None:
         """Everything that may fail, before the model is changed: layers, fingerprint, positions."""
         include_all_linear_layers(peft_config, model)
+        _check_trainable(peft_config, model)
+        if any(layer.merged for _, layer in self._layers()):
+            raise ValueError("adapters are merged into the weights; call unmerge_adapter() before adding another one")
         targets = find_targets(peft_config, model)
         found = fingerprint(model, targets) if targets else None
         self._positions: dict[str, torch.Tensor | None] = dict.fromkeys(targets)
@@ -151,6 +163,20 @@ class OutlierModel(BaseTuner):
             layer.set_adapter(self.active_adapters, inference_mode=peft_config.inference_mode)
             self._replace_module(parent, target_name, layer, target)
 
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """What PEFT calls around a forward pass.
+
+        Raises:
+            ValueError: `adapter_names` asks for another adapter for each sample.
+        """
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError(
+                f"adapter_names={kwargs['adapter_names']!r}: outlier adapters are one for a whole batch; call "
+                "set_adapter(name) and pass its samples alone"
+            )
+        yield
+
     # Leaving -----------------------------------------------------------------------------------------------------------
 
     def _check_merge_allowed(self) -> None:
@@ -176,8 +202,11 @@ class OutlierModel(BaseTuner):
             `nn.Module`: the base model, changed in place.
 
         Raises:
-            ValueError: a layer cannot store what was trained; the message names it. Nothing is changed then.
+            ValueError: no adapter is active, or a layer cannot store what was trained; the message names it. Nothing is
+                changed then.
         """
+        if not self.active_adapters:
+            raise ValueError("no adapter is active, so there is nothing to store; call set_adapter(name), or unload()")
         for name, layer in self._layers():
             try:
                 layer.check_store()
@@ -232,12 +261,32 @@ def find_targets(config: OutlierConfig, model: nn.Module) -> dict[str, nn.Module
 
 
 def norm_names(model: nn.Module) -> set[str]:
-    """The last parts of the names of a model's normalization layers."""
-    return {
-        name.rpartition(".")[2]
+    """What PEFT finds a model's normalization layers, and no others, by: last parts of their names, or whole names."""
+    modules = {
+        name: module.original_module if isinstance(module, AuxiliaryTrainingWrapper) else module
         for name, module in _outer_layers(model).items()
-        if "Norm" in type(module).__name__ and not list(module.children())
     }
+    norms = {name for name, module in modules.items() if "Norm" in type(module).__name__ and not list(module.children())}
+    others = [name for name in modules if name and name not in norms]
+    lasts = {name: name.rpartition(".")[2] for name in norms}
+    return {name if any(other.endswith(last) for other in others) else last for name, last in lasts.items()}
+
+
+def _inside(name: str, modules_to_save: tuple[str, ...]) -> bool:
+    """Whether a module is one of those that PEFT trains whole, or in one."""
+    parts = name.split(".")
+    return any(".".join(parts[:count]).endswith(modules_to_save) for count in range(1, len(parts) + 1))
+
+
+def _check_trainable(config: OutlierConfig, model: nn.Module) -> None:
+    """Raise a ValueError if a packed layer is to be trained whole."""
+    wanted = tuple(config.modules_to_save or ())
+    for name, module in model.named_modules():
+        if isinstance(module, PackedLinear | PackedEmbedding) and wanted and _inside(name, wanted):
+            raise ValueError(
+                f"modules_to_save={sorted(wanted)} names {name}, which is packed: integer codes cannot be trained whole; "
+                "leave it out, or load the base with packed=False"
+            )
 
 
 def _default_criterion(targets: dict[str, nn.Module]) -> str:

@@ -75,7 +75,7 @@ def value_gradient(grad: Tensor, x: Tensor, positions: Tensor) -> Tensor:
     """
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     grad, x = grad.reshape(-1, grad.shape[-1]).to(dtype), x.reshape(-1, x.shape[-1]).to(dtype)
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch.is_grad_enabled():  # the latter: gradients of gradients
         positions = positions.long()
         return (grad[:, positions // x.shape[1]] * x[:, positions % x.shape[1]]).sum(dim=0)
     pattern = outlier_matrix(positions, grad.new_zeros(len(positions)), grad.shape[1], x.shape[1], keep=False)
@@ -102,6 +102,11 @@ class OutlierProducts(torch.autograd.Function):
         grad_x = grad_values = None
         if ctx.needs_input_grad[0]:
             flat = grad.reshape(-1, grad.shape[-1])
+        if ctx.needs_input_grad[0] and torch.is_grad_enabled():  # gradients of gradients
+            rows, columns = positions.long() // x.shape[-1], positions.long() % x.shape[-1]
+            grad_x = flat.new_zeros(len(flat), x.shape[-1]).index_add(1, columns, flat[:, rows] * values.to(flat.dtype))
+            grad_x = grad_x.view_as(x).to(x.dtype)
+        elif ctx.needs_input_grad[0]:
             matrix = outlier_matrix(positions, values.to(flat.dtype), flat.shape[1], x.shape[-1])
             grad_x = flat.new_zeros(len(flat), x.shape[-1])
             grad_x = grad_x.t().addmm_(matrix.t(), flat.t()).t().view_as(x).to(x.dtype)

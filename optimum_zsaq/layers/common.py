@@ -59,7 +59,7 @@ class LowBitLayer:
             )
         rows, columns = self.shape
         shares = (self.spec.outliers, share or 0.0, len(positions) / (rows * columns))
-        specs = (replace(self.spec, outliers=value) for value in shares)
+        specs = (replace(self.spec, outliers=value, outlier_scope="matrix") for value in shares)
         self.spec = next(spec for spec in specs if spec.outlier_count(rows, columns) == len(positions))
         self._set_tensor("weight_outlier_positions", positions if len(positions) else None)
         self._set_tensor("weight_outlier_values", values if len(positions) else None)

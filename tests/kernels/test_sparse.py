@@ -59,6 +59,7 @@ def test_gradcheck():
     positions, values = outliers(5, 7, 6, torch.float64)
     x = torch.randn(2, 3, 7, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x, v: OutlierProducts.apply(x, v, positions, 5), (x, values.requires_grad_()))
+    assert torch.autograd.gradgradcheck(lambda x, v: OutlierProducts.apply(x, v, positions, 5), (x, values))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
