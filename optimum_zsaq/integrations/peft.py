@@ -29,7 +29,8 @@ except ImportError as fault:
 
 from ..algorithms.outliers import STORED, check_choice, choose_outliers
 from ..kinds import kind_of, reader_of
-from ..layers import LowBitLayer, PackedEmbedding, PackedLinear
+from ..layers import LowBitLayer
+from ..surgery import low_bit_layers
 from .fingerprint import check_fingerprint, fingerprint
 from .outlier_layer import NO_MERGE, OutlierLinear
 
@@ -279,13 +280,13 @@ def _inside(name: str, modules_to_save: tuple[str, ...]) -> bool:
 
 
 def _check_trainable(config: OutlierConfig, model: nn.Module) -> None:
-    """Raise a ValueError if a packed layer is to be trained whole."""
+    """Raise a ValueError if a layer that holds integers is to be trained whole."""
     wanted = tuple(config.modules_to_save or ())
-    for name, module in model.named_modules():
-        if isinstance(module, PackedLinear | PackedEmbedding) and wanted and _inside(name, wanted):
+    for name, layer in low_bit_layers(model):
+        if _inside(name, wanted) and not all(own.is_floating_point() for own in layer.parameters(recurse=False)):
             raise ValueError(
-                f"modules_to_save={sorted(wanted)} names {name}, which is packed: integer codes cannot be trained whole; "
-                "leave it out, or load the base with packed=False"
+                f"modules_to_save={sorted(wanted)} names {name}, which is low-bit: its codes or positions are integers and "
+                "cannot be trained; leave it out, or keep it float by modules_to_not_convert when the base is quantized"
             )
 
 

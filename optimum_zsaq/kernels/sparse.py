@@ -102,14 +102,14 @@ class OutlierProducts(torch.autograd.Function):
         grad_x = grad_values = None
         if ctx.needs_input_grad[0]:
             flat = grad.reshape(-1, grad.shape[-1])
-        if ctx.needs_input_grad[0] and torch.is_grad_enabled():  # gradients of gradients
-            rows, columns = positions.long() // x.shape[-1], positions.long() % x.shape[-1]
-            grad_x = flat.new_zeros(len(flat), x.shape[-1]).index_add(1, columns, flat[:, rows] * values.to(flat.dtype))
-            grad_x = grad_x.view_as(x).to(x.dtype)
-        elif ctx.needs_input_grad[0]:
-            matrix = outlier_matrix(positions, values.to(flat.dtype), flat.shape[1], x.shape[-1])
             grad_x = flat.new_zeros(len(flat), x.shape[-1])
-            grad_x = grad_x.t().addmm_(matrix.t(), flat.t()).t().view_as(x).to(x.dtype)
+            if torch.is_grad_enabled():  # gradients of gradients
+                rows, columns = positions.long() // x.shape[-1], positions.long() % x.shape[-1]
+                grad_x = grad_x.index_add(1, columns, flat[:, rows] * values.to(flat.dtype))
+            else:
+                matrix = outlier_matrix(positions, values.to(flat.dtype), flat.shape[1], x.shape[-1])
+                grad_x = grad_x.t().addmm_(matrix.t(), flat.t()).t()
+            grad_x = grad_x.view_as(x).to(x.dtype)
         if ctx.needs_input_grad[1]:
             grad_values = value_gradient(grad, x, positions).to(values.dtype)
         return grad_x, grad_values, None, None

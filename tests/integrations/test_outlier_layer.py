@@ -210,6 +210,34 @@ class TestBesideTheOutliers:
         served.save_pretrained(tmp_path / "served")
         assert torch.equal(logits(tf.BertForSequenceClassification.from_pretrained(tmp_path / "served")), expected)
 
+    def test_norms_of_a_second_adapter(self):
+        model = get_peft_model(make("bert-cls"), config(train_norms=True))
+        model.add_adapter("two", config(train_norms=True))
+        one, two = (
+            [name for name, _ in model.named_parameters() if f".modules_to_save.{adapter}." in name]
+            for adapter in ("default", "two")
+        )
+        assert len(one) == len(two) > 0
+
+    def test_norms_alone_are_trained_whatever_their_names(self):
+        class Numbered(torch.nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.a = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.LayerNorm(4))
+                self.layers = torch.nn.ModuleList(torch.nn.Linear(4, 4) for _ in range(2))
+
+        model = get_peft_model(Numbered(), config(train_norms=True, target_modules=["a.0"]))
+        trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad and "modules_to" in name}
+        assert {name.split(".modules_to_save.")[0] for name in trained} == {"base_model.model.a.1"}
+
+    def test_a_module_trained_whole_does_not_make_another_base(self, tmp_path):
+        model = get_peft_model(quantized("bert-cls", tmp_path, packed=False), config(modules_to_save=["pooler"]))
+        randomized(model).save_pretrained(tmp_path / "adapter")
+        again = PeftModel.from_pretrained(quantized("bert-cls", tmp_path, packed=False), tmp_path / "adapter")
+        again.load_adapter(tmp_path / "adapter", "two")
+        again.set_adapter("two")
+        assert torch.equal(logits(again), logits(model))
+
     @pytest.mark.parametrize(
         "settings", [{"granularity": "row"}, {"granularity": "tensor"}, {"granularity": "group", "group_size": 8}]
     )
@@ -272,6 +300,22 @@ class TestMerging:
         model.unmerge_adapter()
         assert all(torch.equal(before[n], p) for n, p in model.named_parameters())
 
+    @pytest.mark.parametrize("change", [lambda model: model.double().float(), copy.deepcopy], ids=["cast", "copied"])
+    def test_what_is_cast_or_copied_while_merged_gets_its_weights_back(self, change):
+        model = get_peft_model(make("bert-cls"), config(train_biases=True))
+        plain = logits(model)
+        randomized(model).merge_adapter()
+        model = change(model)
+        model.unmerge_adapter()
+        with model.disable_adapter():
+            assert torch.equal(logits(model), plain)
+
+    def test_another_adapter_waits_until_nothing_is_merged(self):
+        model = get_peft_model(make("bert-cls"), config())
+        model.merge_adapter()
+        with pytest.raises(ValueError, match=r"merged into the weights; call unmerge_adapter\(\)"):
+            model.add_adapter("two", config())
+
     def test_a_broken_adapter_is_not_merged_safely(self):
         model = get_peft_model(make("bert-cls"), config())
         next(iter(layers(model).values())).get_parameter(f"{VALUES}.default").data[0] = torch.nan
@@ -322,6 +366,31 @@ class TestWhatIsKept:
         found = model(**inputs(model))[0]
         assert torch.equal(found, expected)
         found.sum().backward()
+
+    @pytest.mark.parametrize("kind", ["packed", "fake", "float"])
+    def test_a_compiled_model_sees_other_positions(self, kind, tmp_path, fresh_graphs):
+        """Loaded in place, and under the name of a deleted adapter; without any pass before it was compiled."""
+        other = randomized(get_peft_model(base_model(kind, "bert-cls", tmp_path), config(criterion="random", seed=7)))
+        other.save_pretrained(tmp_path / "other")
+        model = get_peft_model(base_model(kind, "bert-cls", tmp_path), config(criterion="random", seed=1))
+        compiled = torch.compile(randomized(model, seed=2), backend="eager", fullgraph=True)
+        with torch.no_grad():
+            assert same(compiled(**inputs(model))[0], model(**inputs(model))[0])
+            model.load_adapter(tmp_path / "other", "default")
+            assert same(compiled(**inputs(model))[0], other(**inputs(model))[0])
+            model.add_adapter("b", config(criterion="random", seed=3))
+            model.delete_adapter("b")
+            model.load_adapter(tmp_path / "other", "b")
+            model.set_adapter("b")
+            assert same(compiled(**inputs(model))[0], other(**inputs(model))[0])
+
+    def test_nothing_is_kept_of_a_deleted_adapter(self, tmp_path):
+        model = get_peft_model(base_model("packed", "bert-cls", tmp_path), config())
+        model.add_adapter("two", config(criterion="random"))
+        model.set_adapter("two")
+        model.set_adapter("default")
+        model.delete_adapter("two")
+        assert all(set(layer._unions) == {("default",)} for layer in layers(model).values())
 
     @pytest.mark.slow
     @pytest.mark.parametrize("kind", ["packed", "float"])

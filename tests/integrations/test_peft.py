@@ -19,7 +19,7 @@ from peft import (
     get_peft_model_state_dict,
 )
 from safetensors.torch import load_file, save_file
-from tiny_models import logits, make, quantized, token_ids
+from tiny_models import inputs, logits, make, quantized, token_ids
 
 import optimum_zsaq
 from optimum_zsaq import OutlierConfig
@@ -96,6 +96,15 @@ class TestPositions:
         expected = get_peft_model(make("bert-cls", seed=1), config(criterion="magnitude"))
         for found, wanted in zip(layers(model).values(), layers(expected).values(), strict=True):
             assert torch.equal(getattr(found, POSITIONS)["default"], getattr(wanted, POSITIONS)["default"])
+
+    def test_what_a_config_says_of_a_base_stays_with_the_adapter(self, tmp_path):
+        one = config(task_type="SEQ_CLS")
+        first = randomized(get_peft_model(base_model("packed", "bert-cls", tmp_path), one))
+        get_peft_model(base_model("packed-without", "bert-cls", tmp_path), one)
+        assert (one.counts, one.base_fingerprint, one.criterion, one.target_modules) == (None, None, None, None)
+        first.save_pretrained(tmp_path / "one")
+        again = PeftModel.from_pretrained(base_model("packed", "bert-cls", tmp_path), tmp_path / "one")
+        assert torch.equal(logits(again), logits(first))
 
     def test_loading_never_computes_them(self, tmp_path, monkeypatch):
         model = randomized(get_peft_model(make("bert-cls"), config(criterion="magnitude")))
@@ -313,6 +322,31 @@ class TestErrors:
         model.add_adapter(LoraConfig(target_modules=["query"]))
         with pytest.raises(TypeError, match="query, which is a Linear|query, which is a LoraLayer"):
             model.add_adapter(OutlierConfig(target_modules=["query"]), "outliers")
+
+    def test_a_batch_of_several_adapters(self, tmp_path):
+        model = get_peft_model(base_model("packed", "bert-cls", tmp_path), config())
+        with pytest.raises(ValueError, match=r"adapter_names=\['default', 'default'\]: outlier adapters are one"):
+            model(**inputs(model), adapter_names=["default", "default"])
+
+    @pytest.mark.parametrize("kind", ["packed", "packed-without", "fake"])
+    def test_layers_that_hold_integers_are_not_trained_whole(self, kind, tmp_path):
+        with pytest.raises(ValueError, match="names bert.pooler.dense, which is low-bit.*modules_to_not_convert"):
+            get_peft_model(base_model(kind, "bert-cls", tmp_path), config(modules_to_save=["pooler"]))
+
+    def test_storing_changes_nothing_where_it_cannot(self, tmp_path):
+        model = get_peft_model(base_model("packed", "bert-cls", tmp_path), config())
+        model.base_model.set_adapter([])
+        with pytest.raises(ValueError, match=r"no adapter is active.*call set_adapter\(name\), or unload\(\)"):
+            model.base_model.store_and_unload()
+        everything = get_peft_model(base_model("packed", "bert-cls", tmp_path), config(criterion="random", fraction=0.9999))
+        with pytest.raises(ValueError, match="query cannot store its adapter: its outliers would be all of its weights"):
+            everything.base_model.store_and_unload()
+
+    def test_layers_of_inactive_adapters_store_nothing(self, tmp_path):
+        model = get_peft_model(base_model("packed", "bert-cls", tmp_path), config(target_modules=["query"]))
+        model.add_adapter("two", config(target_modules=["value"]))
+        expected = logits(randomized(model))
+        assert same(logits(model.base_model.store_and_unload()), expected)
 
     def test_criteria_that_a_base_cannot_serve(self, tmp_path):
         base = quantized("bert-cls", tmp_path)
