@@ -1,8 +1,8 @@
 """Which base an adapter was trained on: its scheme in words, and a checksum of what its weights are.
 
 A low-bit model is known by the codes, scales and outliers of all its low-bit layers, the same for a fake-quantized and a
-packed one; a float model by the weights that the adapter sits on. Heads, norms and biases are not part of it: those a task
-may bring its own of.
+packed one; a float model by the weights that the adapter sits on. Float heads, norms and biases are not part of it: those a
+task may bring its own of.
 """
 
 import zlib

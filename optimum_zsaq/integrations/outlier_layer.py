@@ -72,6 +72,7 @@ class OutlierLinear(nn.Module, BaseTunerLayer):
         if config.train_scales and not isinstance(base, LowBitLayer):
             raise ValueError("train_scales=True trains step sizes, which a float layer has none of; use train_scales=False")
         device = base.weight.device
+        self._unions.clear()  # there may have been an adapter of this name
         values = torch.zeros(count, device=device)
         if positions is None:
             positions = torch.full((count,), _NOT_LOADED, dtype=torch.int32, device=device)
@@ -105,12 +106,12 @@ class OutlierLinear(nn.Module, BaseTunerLayer):
         """Keep the union of the active adapters' positions, once they have values; `anew`: forget what was kept."""
         if anew:
             self._unions.clear()
-        if not all(self._is_loaded(name) for name in self._active()):
+        if not all(self._is_loaded(name) for name in self.active_names()):
             return
         if isinstance(self.get_base_layer(), PackedLinear):
-            groups, stored = ([self._active()] if self._active() else []), self._stored()
+            groups, stored = ([self.active_names()] if self.active_names() else []), self._stored()
         else:
-            groups, stored = [(name,) for name in self._active()], None
+            groups, stored = [(name,) for name in self.active_names()], None
         for names in groups:
             if names not in self._unions:
                 self._union(names, stored)
@@ -140,6 +141,7 @@ class OutlierLinear(nn.Module, BaseTunerLayer):
             tensors = self._adapter(kind)
             if adapter_name in tensors and tensors[adapter_name].device.type != "meta":
                 tensors[adapter_name] = tensors[adapter_name].to(device)
+        self._work_out(anew=True)
 
     # Running -----------------------------------------------------------------------------------------------------------
 
@@ -147,7 +149,7 @@ class OutlierLinear(nn.Module, BaseTunerLayer):
         """x (..., I) -> (..., O), in the dtype that the base layer gives."""
         if self.disable_adapters and self.merged:
             self.unmerge()
-        names = () if self.disable_adapters or self.merged else self._active()
+        names = () if self.disable_adapters or self.merged else self.active_names()
         if not names:
             return self.base_layer(x, *args, **kwargs)
         base = self.base_layer
@@ -159,7 +161,8 @@ class OutlierLinear(nn.Module, BaseTunerLayer):
             y = y + self._products(inputs, name).to(y.dtype)
         return self._rescaled(y, names)
 
-    def _active(self) -> tuple[str, ...]:
+    def active_names(self) -> tuple[str, ...]:
+        """The active adapters that sit on this layer."""
         return tuple(name for name in self.active_adapters if name in self._adapter(VALUES))
 
     def outliers(self, names: tuple[str, ...]) -> tuple[Tensor, Tensor] | None:
@@ -284,7 +287,7 @@ class OutlierLinear(nn.Module, BaseTunerLayer):
 
     def check_store(self) -> None:
         """Raise a ValueError if `store` would not compute what this layer does."""
-        base, names = self.get_base_layer(), self._active()
+        base, names = self.get_base_layer(), self.active_names()
         if not isinstance(base, LowBitLayer) or not names:
             return
         if len(self._union(names, self._stored())[0]) == self.out_features * self.in_features:
@@ -300,7 +303,7 @@ class OutlierLinear(nn.Module, BaseTunerLayer):
 
         `share` is what the base's spec says of its outliers, if it gives their number.
         """
-        base, names = self.get_base_layer(), self._active()
+        base, names = self.get_base_layer(), self.active_names()
         if not names:
             return
         if not isinstance(base, LowBitLayer):

@@ -8,6 +8,8 @@ criterion, the start value and everything else here is our choice (docs/methods/
 """
 
 import copy
+import logging
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -35,8 +37,11 @@ from .fingerprint import check_fingerprint, fingerprint
 from .outlier_layer import NO_MERGE, OutlierLinear
 
 
+logger = logging.getLogger(__name__)
+
 METHOD = "optimum_zsaq"  # without this package PEFT says KeyError: 'OPTIMUM_ZSAQ', which names what to install
 STARTS = ("residual", "zero")
+FRACTION = 0.005
 
 
 @dataclass
@@ -70,7 +75,7 @@ class OutlierConfig(PeftConfig):
     target_modules: list[str] | str | None = field(default=None)
     exclude_modules: list[str] | str | None = field(default=None)
     modules_to_save: list[str] | None = field(default=None)
-    fraction: float = field(default=0.005)
+    fraction: float = field(default=FRACTION)
     criterion: str | None = field(default=None)
     scope: str = field(default="matrix")
     start: str = field(default="residual")
@@ -131,16 +136,23 @@ class OutlierModel(BaseTuner):
         if any(layer.merged for _, layer in self._layers()):
             raise ValueError("adapters are merged into the weights; call unmerge_adapter() before adding another one")
         targets = find_targets(peft_config, model)
-        found = fingerprint(model, targets) if targets else None
         self._positions: dict[str, torch.Tensor | None] = dict.fromkeys(targets)
         if not targets:
             return  # PEFT says so
+        _check_present({**dict(low_bit_layers(model)), **targets})
         if peft_config.from_file:
             if peft_config.check_base:
-                check_fingerprint(found, peft_config.base_fingerprint or {})
+                check_fingerprint(fingerprint(model, targets), peft_config.base_fingerprint or {})
             _check_counts(peft_config, targets)
             return
         criterion = peft_config.criterion or _default_criterion(targets)
+        if criterion == STORED and peft_config.fraction != FRACTION:
+            logger.warning(
+                "fraction=%s is not used: criterion='stored' trains the outliers that the base stores; "
+                "set criterion='magnitude' to train that share",
+                peft_config.fraction,
+            )
+        found = fingerprint(model, targets)
         choice = (criterion, peft_config.fraction, peft_config.scope, peft_config.seed)
         self._positions = choose_outliers(targets, *choice)
         peft_config.criterion, peft_config.base_fingerprint = criterion, found
@@ -184,17 +196,29 @@ class OutlierModel(BaseTuner):
         """Before anything is changed.
 
         Raises:
-            ValueError: a layer is low-bit.
+            ValueError: a layer is low-bit, or shares its weight with another one.
         """
         super()._check_merge_allowed()
         if any(isinstance(layer.get_base_layer(), LowBitLayer) for _, layer in self._layers()):
             raise ValueError(NO_MERGE)
+        self._check_unshared(self._layers())
+
+    def _check_unshared(self, layers: list[tuple[str, OutlierLinear]]) -> None:
+        holders = Counter(id(weight) for module in self.model.modules() for weight in module.parameters(recurse=False))
+        for name, layer in layers:
+            base = layer.get_base_layer()
+            if not isinstance(base, LowBitLayer) and holders[id(base.weight)] > 1:
+                raise ValueError(
+                    f"{name} shares its weight with another layer, which would change too; keep its adapter, or leave the "
+                    "layer out of target_modules"
+                )
 
     def _layers(self) -> list[tuple[str, OutlierLinear]]:
         return [(name, module) for name, module in self.model.named_modules() if isinstance(module, OutlierLinear)]
 
     def store_and_unload(self) -> nn.Module:
-        """The base model with the active adapters inside it, without PEFT: it saves and loads as any low-bit model.
+        """The base model with the active adapters inside it, disabled or not, and without PEFT: it saves and loads as any
+        low-bit model.
 
         Low-bit layers store the adapters' values among their outliers; float ones take them into their weights. A head that
         the adapter brought takes its place.
@@ -213,6 +237,7 @@ class OutlierModel(BaseTuner):
                 layer.check_store()
             except ValueError as fault:
                 raise ValueError(f"{name} cannot store its adapter: {fault}") from fault
+        self._check_unshared([(name, layer) for name, layer in self._layers() if layer.active_names()])
         shares = [self.peft_config[name].fraction for name in self.active_adapters]
         for _, layer in self._layers():
             layer.store(shares[0])
@@ -222,8 +247,19 @@ class OutlierModel(BaseTuner):
 
 
 def default_targets(model: nn.Module) -> dict[str, nn.Module]:
-    """The low-bit Linear layers of a model, or if it has none its float ones but heads: name -> base layer."""
-    layers = {name: base for name, base in _outer_layers(model).items() if (k := kind_of(base)) and not k.table}
+    """The low-bit Linear layers of a model, or if it has none its float ones but heads: name -> base layer.
+
+    Raises:
+        ValueError: adapters of another method hold some.
+    """
+    found = _outer_layers(model)
+    held = [name for name, module in found.items() if isinstance(module, BaseTunerLayer)]
+    if held:
+        raise ValueError(
+            f"target_modules=None means every Linear layer, but {held[0]} and {len(held) - 1} more hold another method's "
+            "adapters; name layers that hold none in target_modules"
+        )
+    layers = {name: base for name, base in found.items() if (k := kind_of(base)) and not k.table}
     low_bit = {name: base for name, base in layers.items() if isinstance(base, LowBitLayer) and base.owner is base}
     heads = reader_of(model).facts(model).heads
     return low_bit or {name: base for name, base in layers.items() if name not in heads}
@@ -283,10 +319,26 @@ def _check_trainable(config: OutlierConfig, model: nn.Module) -> None:
     """Raise a ValueError if a layer that holds integers is to be trained whole."""
     wanted = tuple(config.modules_to_save or ())
     for name, layer in low_bit_layers(model):
-        if _inside(name, wanted) and not all(own.is_floating_point() for own in layer.parameters(recurse=False)):
+        if not _inside(name, wanted):
+            continue
+        if layer.owner is not layer:
+            raise ValueError(
+                f"modules_to_save={sorted(wanted)} names {name}, which reads another layer's weight: a copy of it has none "
+                "to train; leave it out"
+            )
+        if not all(own.is_floating_point() for own in layer.parameters(recurse=False)):
             raise ValueError(
                 f"modules_to_save={sorted(wanted)} names {name}, which is low-bit: its codes or positions are integers and "
                 "cannot be trained; leave it out, or keep it float by modules_to_not_convert when the base is quantized"
+            )
+
+
+def _check_present(layers: dict[str, nn.Module]) -> None:
+    """Raise a ValueError if weights are somewhere else: positions are chosen, and bases known, by values."""
+    for name, layer in layers.items():
+        if layer.weight is not None and layer.weight.device.type == "meta":
+            raise ValueError(
+                f"{name} is offloaded or on the meta device; load the whole base into memory before its adapters"
             )
 
 

@@ -384,6 +384,18 @@ class TestWhatIsKept:
             model.set_adapter("b")
             assert same(compiled(**inputs(model))[0], other(**inputs(model))[0])
 
+    @pytest.mark.parametrize("kind", ["packed", "fake", "float"])
+    def test_a_second_adapter_of_the_same_name(self, kind, tmp_path, fresh_graphs):
+        base = base_model(kind, "bert-cls", tmp_path)
+        expected = [
+            logits(randomized(get_peft_model(copy.deepcopy(base), config(criterion="random", seed=s)))) for s in (1, 2)
+        ]
+        compiled = torch.compile(base, backend="eager", fullgraph=True)
+        with torch.no_grad():
+            for seed, wanted in zip((1, 2), expected, strict=True):
+                randomized(get_peft_model(base, config(criterion="random", seed=seed)))
+                assert same(compiled(**inputs(base))[0], wanted)
+
     def test_nothing_is_kept_of_a_deleted_adapter(self, tmp_path):
         model = get_peft_model(base_model("packed", "bert-cls", tmp_path), config())
         model.add_adapter("two", config(criterion="random"))

@@ -400,6 +400,40 @@ class TestErrors:
             model.store_and_unload()
         assert torch.equal(logits(model), expected)
 
+    @pytest.mark.parametrize("method", ["store_and_unload", "merge_and_unload", "merge_adapter"])
+    def test_a_float_weight_of_two_layers_stays_as_it_is(self, method):
+        model = randomized(get_peft_model(make("llama-tied"), config(target_modules=["lm_head", "q_proj"])))
+        expected = logits(model)
+        with pytest.raises(ValueError, match="lm_head shares its weight with another layer, which would change too"):
+            getattr(model, method)()
+        assert torch.equal(logits(model), expected)
+
+    @pytest.mark.parametrize("kind", ["packed", "packed-without", "fake"])
+    def test_a_tied_head_is_not_trained_whole(self, kind, tmp_path):
+        with pytest.raises(ValueError, match="names lm_head, which reads another layer's weight"):
+            get_peft_model(base_model(kind, "llama-tied", tmp_path), config(modules_to_save=["lm_head"]))
+
+    @pytest.mark.parametrize("kind", ["packed", "fake", "float"])
+    def test_a_base_without_its_weights(self, kind, tmp_path):
+        get_peft_model(base_model(kind, "bert-cls", tmp_path), config()).save_pretrained(tmp_path / "adapter")
+        stored = PeftConfig.from_pretrained(tmp_path / "adapter")
+        stored.check_base = False
+        message = "is offloaded or on the meta device; load the whole base into memory"
+        for settings in (config(target_modules=["query"]), stored):
+            with pytest.raises(ValueError, match=message):
+                get_peft_model(base_model(kind, "bert-cls", tmp_path).to("meta"), settings)
+
+    def test_a_share_that_is_not_used(self, tmp_path, caplog):
+        model = get_peft_model(base_model("packed", "bert-cls", tmp_path), OutlierConfig(fraction=0.2))
+        assert "fraction=0.2 is not used: criterion='stored' trains the outliers that the base stores" in caplog.text
+        assert model.peft_config["default"].criterion == "stored"
+
+    def test_every_layer_where_another_method_holds_some(self, tmp_path):
+        model = base_model("packed", "bert-cls", tmp_path)
+        model.add_adapter(LoraConfig(target_modules=["query"]), "lora")
+        with pytest.raises(ValueError, match="means every Linear layer, but bert.*query and 1 more hold another method"):
+            model.add_adapter(OutlierConfig(), "outliers")
+
 
 class TestRegistration:
     def test_peft_lists_the_method(self):
