@@ -3,12 +3,10 @@
 python examples/study/adapters_figure.py --results docs/results --plot docs/figures/adapters.png
 """
 
-import argparse
-from pathlib import Path
 from typing import Any
 
 from adapters_tables import SHARES, TASKS, Rows, seeds_of
-from runner import read_results
+from figures import figure_command
 
 
 SCHEME = "w4a8e4"
@@ -42,15 +40,10 @@ def points(rows: Rows) -> dict[str, dict[str, list[tuple[str, list[float]]]]]:
     }
 
 
-def plot(rows: Rows, path: Path) -> None:
-    """Write the figure: a row of panels a task; dots are seeds, lines their means, dashed ones full tuning."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+def draw(rows: Rows, pyplot: Any) -> Any:
+    """The figure: a row of panels a task; dots are seeds, lines their means, dashed ones full tuning."""
     panels = points(rows)
-    figure, axes = plt.subplots(len(TASKS), len(panels), figsize=(13, 5.6), sharey="row", layout="constrained")
+    figure, axes = pyplot.subplots(len(TASKS), len(panels), figsize=(13, 5.6), sharey="row", layout="constrained")
     for across, (title, of_tasks) in enumerate(panels.items()):
         for task, column in zip(of_tasks, axes[:, across], strict=True):
             places = [place for place, _ in of_tasks[task]]
@@ -67,19 +60,8 @@ def plot(rows: Rows, path: Path) -> None:
             column.set_title(title if task == "sst2" else "", fontsize=9)
     for axis, name in zip(axes[:, 0], NAMES.values(), strict=True):
         axis.set_ylabel(name)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
-
-
-def main() -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", required=True, type=Path, help="folder of the JSONL files")
-    parser.add_argument("--plot", required=True, type=Path, help="PNG file to write; needs matplotlib")
-    args = parser.parse_args()
-    rows: dict[str, dict[str, Any]] = read_results(args.results / "adapters.jsonl")
-    plot(rows, args.plot)
+    return figure
 
 
 if __name__ == "__main__":
-    main()
+    figure_command("adapters", __doc__, draw)

@@ -3,12 +3,10 @@
 python examples/study/mrem_curves.py --results docs/results --plot docs/figures/mrem_curves.png
 """
 
-import argparse
-from pathlib import Path
 from typing import Any
 
+from figures import figure_command
 from mrem_tables import FORCING, MAIN, SAMPLES, STAGES, Rows, cells_of
-from runner import read_results
 
 
 def points(rows: Rows) -> dict[str, list[tuple[float, list[float]]]]:
@@ -27,15 +25,10 @@ def points(rows: Rows) -> dict[str, list[tuple[float, list[float]]]]:
     return found
 
 
-def plot(rows: Rows, path: Path) -> None:
-    """Write the figure: means, with bars from the least to the most of the seeds."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+def draw(rows: Rows, pyplot: Any) -> Any:
+    """The figure: means, with bars from the least to the most of the seeds."""
     curves = points(rows)
-    figure, axes = plt.subplots(1, len(curves), figsize=(12, 3.6), sharey=True, layout="constrained")
+    figure, axes = pyplot.subplots(1, len(curves), figsize=(12, 3.6), sharey=True, layout="constrained")
     for axis, (title, curve) in zip(axes, curves.items(), strict=True):
         places, means = [x for x, _ in curve], [sum(kls) / len(kls) for _, kls in curve]
         bars = [
@@ -51,19 +44,8 @@ def plot(rows: Rows, path: Path) -> None:
         axis.grid(alpha=0.3)
     axes[0].set_ylim(bottom=0.0)
     axes[0].set_ylabel("KL to the float model, SST-2's test sentences")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
-
-
-def main() -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", required=True, type=Path, help="folder of the JSONL files")
-    parser.add_argument("--plot", required=True, type=Path, help="PNG file to write; needs matplotlib")
-    args = parser.parse_args()
-    rows: dict[str, dict[str, Any]] = read_results(args.results / "mrem.jsonl")
-    plot(rows, args.plot)
+    return figure
 
 
 if __name__ == "__main__":
-    main()
+    figure_command("mrem", __doc__, draw)
