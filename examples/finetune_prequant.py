@@ -19,8 +19,8 @@ def quantize(model: str, folder: Path, bits: int) -> None:
     from optimum_zsaq import PreQuantConfig
 
     config = PreQuantConfig(weight_bits=bits, embedding_bits=bits, outliers=0.005)
-    AutoModel.from_pretrained(model, quantization_config=config).save_pretrained(folder)
     AutoTokenizer.from_pretrained(model).save_pretrained(folder)
+    AutoModel.from_pretrained(model, quantization_config=config).save_pretrained(folder)  # last: then the base is whole
 
 
 def tune(args: argparse.Namespace) -> dict[str, Any]:
@@ -61,16 +61,19 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="a float model's folder or its id on the Hub")
     parser.add_argument("--base", type=Path, required=True, help="folder of the quantized base")
-    parser.add_argument("--bits", type=int, default=4, help="of weights and embeddings (default: 4)")
+    parser.add_argument("--bits", type=int, help="of weights and embeddings, when the base is made (default: 4)")
     parser.add_argument("--train", type=Path, required=True, help="TSV file to train on")
     parser.add_argument("--dev", type=Path, required=True, help="TSV file to measure on")
     parser.add_argument("--adapter", type=Path, required=True, help="folder of the adapter")
-    parser.add_argument("--learning-rate", type=float, default=3e-3)
-    parser.add_argument("--epochs", type=float, default=1.0)
+    parser.add_argument("--learning-rate", type=float, default=1e-2, help="(default: 0.01)")
+    parser.add_argument("--epochs", type=float, default=2.0, help="(default: 2)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    if not (args.base / "config.json").exists():
-        quantize(args.model, args.base, args.bits)
+    made = (args.base / "config.json").exists()
+    if made and args.bits is not None:
+        parser.error(f"--bits is for making a base; {args.base} is there already: leave it out, or name another --base")
+    if not made:
+        quantize(args.model, args.base, 4 if args.bits is None else args.bits)
     print(f"accuracy {tune(args)['eval_accuracy']:.4f}")
     size = (args.adapter / "adapter_model.safetensors").stat().st_size
     print(f"the adapter has {size / 1024:.0f} KiB")

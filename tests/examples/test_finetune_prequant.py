@@ -55,3 +55,7 @@ def test_two_tasks_share_one_base(example, tmp_path, monkeypatch, capsys):
         base = {f.name: f.read_bytes() for f in (tmp_path / "base").iterdir() if f.is_file()}
         assert files in ({}, base)
         files = base
+    monkeypatch.setattr(sys, "argv", ["finetune_prequant.py", *options, "--bits", "2"])
+    with pytest.raises(SystemExit):
+        example.main()
+    assert "base is there already: leave it out, or name another --base" in capsys.readouterr().err
