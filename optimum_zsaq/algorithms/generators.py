@@ -1,8 +1,9 @@
 """Where zero-shot training gets its inputs from: sequences from a source, and a network that makes them harder.
 
 A source gives token ids: `PriorSource` draws them from a guess of how likely each token is, `WrittenSource` from sequences
-that a language model wrote. `Generator` finishes them (special tokens) and, where training asks for it, pushes them to
-where teacher and student differ. Its parameters and its random numbers are its state.
+that a language model wrote. `Generator` makes inputs of them, of the forms that the model may meet and related to
+themselves (`forms.py`, `relations.py`), and, where training asks for it, pushes them to where teacher and student differ.
+Its parameters and its random numbers are its state.
 """
 
 import math
@@ -13,8 +14,9 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from .forms import Batch, InputMixture, SequenceForm
+from .relations import draw_relations, relate, relate_within
 
-Batch = dict[str, Tensor]
 
 _SMALLEST_NORM = 0.7
 _HEAD = 10.0
@@ -43,48 +45,6 @@ def token_prior(table: Tensor, special: list[int], exponent: float = 0.7) -> Ten
     rank = torch.cumsum(plain, dim=0) - 1
     prior = plain / (rank.clamp(min=0).float() + _HEAD) ** exponent
     return prior / prior.sum()
-
-
-@dataclass(frozen=True)
-class SequenceForm:
-    """What every sequence looks like: its special tokens and its lengths.
-
-    All sequences of a batch have one length, so that none is padded; log(length) is uniform over batches.
-
-    Args:
-        first, last (`tuple[int, ...]`): ids it begins and ends with, such as [CLS] and [SEP].
-        shortest, longest (`int`): its length, special tokens included.
-
-    Raises:
-        ValueError: no room between the special tokens, or lengths out of order.
-    """
-
-    first: tuple[int, ...] = ()
-    last: tuple[int, ...] = ()
-    shortest: int = 5
-    longest: int = 64
-
-    def __post_init__(self):
-        if not self.special < self.shortest <= self.longest:
-            raise ValueError(
-                f"sequences of {self.shortest} to {self.longest} tokens are not possible with {self.special} special ones; "
-                f"use lengths of at least {self.special + 1}, the shorter first"
-            )
-
-    @property
-    def special(self) -> int:
-        """How many of the tokens are special."""
-        return len(self.first) + len(self.last)
-
-    def draw_length(self, random: torch.Generator) -> int:
-        """The length of one batch."""
-        low, high = math.log(self.shortest), math.log(self.longest + 1)
-        return min(self.longest, int(math.exp(low + (high - low) * torch.rand((), generator=random).item())))
-
-    def finish(self, ids: Tensor) -> Tensor:
-        """Put the special tokens around. Shapes: (B, L - special) -> (B, L)."""
-        first, last = (torch.tensor(end, dtype=ids.dtype, device=ids.device) for end in (self.first, self.last))
-        return torch.cat([first.expand(len(ids), -1), ids, last.expand(len(ids), -1)], dim=1)
 
 
 @runtime_checkable
@@ -134,6 +94,11 @@ class WrittenSource:
         starts = torch.randint(self.written.shape[1] - length + 1, (size, 1), generator=random)
         return {"input_ids": self.written[rows].gather(1, starts + torch.arange(length))}
 
+    def part(self, rows: slice) -> "WrittenSource":
+        """Some of what was written."""
+        answers = (None if t is None else t[rows] for t in (self.decoder, self.decoder_mask))
+        return WrittenSource(self.written[rows], *answers)
+
 
 @dataclass(frozen=True)
 class SoftBatch:
@@ -169,7 +134,7 @@ class SoftBatch:
 
 
 class Generator(nn.Module):
-    """Sequences from a source, and a small network that replaces some of their tokens.
+    """Inputs made of a source's sequences, and a small network that replaces some of their tokens.
 
     For each token the network turns noise (of the sequence and of the token) and the token's embedding into a vector h. The
     token is kept with weight exp(2) * C, and replaced by candidate c, of C that are drawn from the prior for each batch,
@@ -180,7 +145,8 @@ class Generator(nn.Module):
         source (`Source`): where sequences come from.
         table (`Tensor`): (V, D), the teacher's input embeddings; not trained, not part of the state.
         prior (`Tensor`): (V,), see `token_prior`.
-        form (`SequenceForm`): special tokens and lengths.
+        forms (`InputMixture` or `SequenceForm`): special tokens, segments, lengths and relations; of one form alone texts
+            are as the source gives them, and second segments unrelated.
         candidates (`int`): tokens that may come in. Our choice: a step costs no product with the whole vocabulary.
         width (`int`): of noise and network. Our choice.
         seed (`int`): of the start values and of all that is drawn.
@@ -191,14 +157,15 @@ class Generator(nn.Module):
         source: Source,
         table: Tensor,
         prior: Tensor,
-        form: SequenceForm,
+        forms: InputMixture | SequenceForm,
         candidates: int = 1024,
         width: int = 64,
         seed: int = 0,
     ):
         super().__init__()
-        self.source, self.form, self.candidates, self.width = source, form, candidates, width
-        self._table, self._prior = table.detach(), prior.cpu()
+        self.source, self.candidates, self.width = source, candidates, width
+        self.forms = InputMixture((forms,)) if isinstance(forms, SequenceForm) else forms
+        self._table, self.prior = table.detach(), prior.cpu()
         self._spread = table.detach().float().std().clamp(min=1e-6)
         self.random = torch.Generator().manual_seed(seed)
         columns = table.shape[1]
@@ -212,33 +179,69 @@ class Generator(nn.Module):
 
     @torch.no_grad()
     def sample(self, size: int) -> Batch:
-        """`size` sequences of one length. Shapes: -> input_ids (size, L) int64, and what else the source gives."""
+        """`size` sequences of one form. Shapes: -> input_ids (size, L) int64, and what else belongs to them."""
         if not self.network[-1].weight.any():
-            return self._draw(size)
+            return self._draw(size)[0]
         return self.soft_sample(size).batch
 
     def soft_sample(self, size: int) -> SoftBatch:
         """`size` sequences with gradients, by Gumbel's trick, straight-through."""
-        batch = self._draw(size)
-        candidates, logits = self._logits(batch["input_ids"])
+        batch, fixed = self._draw(size)
+        candidates, logits = self._logits(batch["input_ids"], fixed)
         uniform = torch.rand(logits.shape, generator=self.random).clamp_(min=1e-20).to(logits.device)
         soft = (logits - torch.log(-torch.log(uniform))).softmax(dim=-1)
         hard = torch.zeros_like(soft).scatter_(-1, soft.argmax(dim=-1, keepdim=True), 1.0)
         written, chosen = batch["input_ids"], hard.argmax(dim=-1)
         ids = torch.where(chosen > 0, candidates[chosen - 1], written)
         choice = hard + (soft - soft.detach())
-        return SoftBatch({**batch, "input_ids": ids}, written, candidates, choice, self._entropy(logits))
+        return SoftBatch({**batch, "input_ids": ids}, written, candidates, choice, self._entropy(logits, fixed))
 
-    def _draw(self, size: int) -> Batch:
-        length = self.form.draw_length(self.random)
-        drawn = self.source.draw(size, length - self.form.special, self.random)
-        batch = {name: tensor.to(self._table.device) for name, tensor in drawn.items()}
-        return {**batch, "input_ids": self.form.finish(batch["input_ids"])}
+    def another(self, source: Source, forms: InputMixture, seed: int) -> "Generator":
+        """An untrained generator of the same vocabulary."""
+        return Generator(source, self._table, self.prior, forms, self.candidates, self.width, seed)
 
-    def _logits(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Shapes: ids (B, L) -> candidates (C,) int64; logits (B, L, 1 + C) float32, the first for keeping the token."""
-        drawn = torch.multinomial(self._prior, self.candidates, replacement=True, generator=self.random)
-        candidates = drawn.to(self._table.device)
+    def _draw(self, size: int) -> tuple[Batch, Tensor]:
+        """A batch, and where its tokens are fixed: special or padding. Shapes: -> (size, L) bool."""
+        form = self.forms.draw_form(self.random)
+        length = form.draw_length(self.random)
+        drawn = self.source.draw(size, length - form.special, self.random)
+        answers = {name: tensor.to(self._table.device) for name, tensor in drawn.items() if name != "input_ids"}
+        ids = drawn["input_ids"]
+        if not answers:  # an answer belongs to what it was given to
+            ids = relate_within(ids, draw_relations(self.forms.inner, size, self.random), self.random)
+        segments = self._segments(form, ids.to(self._table.device))
+        batch = form.finish(*segments)
+        length = batch["input_ids"].shape[1]
+        fixed = form.special_places(segments[0].shape[1], length).to(self._table.device).expand(size, -1)
+        if form.padding is not None and not answers and torch.rand((), generator=self.random) < self.forms.padded:
+            lengths = torch.tensor([min(length, form.draw_length(self.random)) for _ in range(size)])
+            batch = form.shorten(batch, lengths, segments[-1].shape[1])
+            ends = form.shorten({"input_ids": fixed.long()}, lengths, segments[-1].shape[1])
+            fixed = (ends["input_ids"] == 1) | (ends["attention_mask"] == 0)
+        return {**batch, **answers}, fixed
+
+    def _segments(self, form: SequenceForm, ids: Tensor) -> list[Tensor]:
+        """The texts of each sequence. Shapes: ids (B, n) -> (B, n), or (B, m) and (B, n - m)."""
+        if form.segments == 1:
+            return [ids]
+        split = form.draw_split(ids.shape[1], self.random)
+        first, follows = ids[:, :split], ids[:, split:]
+        relations = draw_relations(self.forms.pairs, len(ids), self.random)
+        return [first, relate(first, follows, follows.roll(1, dims=0), relations, self.random, self._similar)]
+
+    def _similar(self, tokens: Tensor) -> Tensor:
+        """Of some candidates, the token whose embedding is nearest. Shapes: (n,) -> (n,) int64."""
+        candidates = self._candidates()
+        rows = [nn.functional.normalize(self._table[ids].float(), dim=-1) for ids in (tokens, candidates)]
+        return candidates[(rows[0] @ rows[1].t()).argmax(dim=-1)]
+
+    def _candidates(self) -> Tensor:
+        drawn = torch.multinomial(self.prior, self.candidates, replacement=True, generator=self.random)
+        return drawn.to(self._table.device)
+
+    def _logits(self, ids: Tensor, fixed: Tensor) -> tuple[Tensor, Tensor]:
+        """Shapes: ids, fixed (B, L) -> candidates (C,) int64; logits (B, L, 1 + C) float32, the first for keeping it."""
+        candidates = self._candidates()
         size, length = ids.shape
         sequence = torch.randn(size, 1, self.width, generator=self.random).expand(-1, length, -1)
         token = torch.randn(size, length, self.width, generator=self.random)
@@ -246,12 +249,11 @@ class Generator(nn.Module):
         hidden = self.network(torch.cat([noise, self._table[ids].float() / self._spread], dim=-1))
         logits = hidden @ (self._table[candidates].float() / self._spread).t()
         kept = torch.full_like(logits[..., :1], math.log(self.candidates) + _KEPT)
-        kept[:, : len(self.form.first)] = kept[:, length - len(self.form.last) :] = _ALWAYS
+        kept[fixed] = _ALWAYS
         return candidates, torch.cat([kept, logits], dim=-1)
 
-    def _entropy(self, logits: Tensor) -> Tensor:
-        inner = logits[:, len(self.form.first) : logits.shape[1] - len(self.form.last)]
-        logs = inner.log_softmax(dim=-1)
+    def _entropy(self, logits: Tensor, fixed: Tensor) -> Tensor:
+        logs = logits[~fixed].log_softmax(dim=-1)
         start = torch.tensor([math.log(self.candidates) + _KEPT, *[0.0] * self.candidates]).softmax(dim=0)
         return -(logs.exp() * logs).sum(dim=-1).mean() / -(start * start.log()).sum().to(logits.device)
 

@@ -9,6 +9,8 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from ..algorithms.minimax import Minimax
+from ..algorithms.probes import Guard
 from .zero_shot import find_start, sized, start_run
 from .zsaq import ZSAQConfig
 
@@ -31,10 +33,10 @@ def plan_training(model: PreTrainedModel, config: ZSAQConfig) -> dict[str, Any]:
     trial = copy.copy(config)
     trial.written_sequences = min(_TRIAL, config.written_sequences)
     started = time.perf_counter()
-    run = start_run(model, trial)
+    run, guard = start_run(model, trial)
     writes = hasattr(run.generator.source, "written") or hasattr(run.generator.source, "groups")
     each = (time.perf_counter() - started) / trial.written_sequences if writes else 0.0
-    seconds = {"writing": each * config.written_sequences, "starting": _starting(run, config)}
+    seconds = {"writing": each * config.written_sequences, "starting": _starting(run, guard, config)}
     run.step()
     run.update()
     seconds["training"] = config.steps * _timed(lambda: (run.step(), run.update()), _STEPS) / _STEPS
@@ -48,13 +50,13 @@ def plan_training(model: PreTrainedModel, config: ZSAQConfig) -> dict[str, Any]:
     }
 
 
-def _starting(run: Any, config: ZSAQConfig) -> float:
+def _starting(run: Minimax, guard: Guard, config: ZSAQConfig) -> float:
     """Part of it does not depend on the number of sequences: seen on one batch and on two."""
-    held_out, found = [run.complete(run.generator.sample(config.batch_size))], []
+    found = []
     for batches in (1, 2):
         trial = copy.copy(config)
         trial.start_sequences = min(_TRIAL, config.start_sequences) * batches
-        found.append(_timed(lambda trial=trial: find_start(run, trial, held_out), 1))
+        found.append(_timed(lambda trial=trial: find_start(run, guard, trial), 1))
     each = max(0.0, found[1] - found[0]) if config.start == "compensated" else 0.0
     return found[0] + each * max(0.0, config.start_sequences / _TRIAL - 1.0)
 

@@ -29,7 +29,7 @@ class TrainingState:
         settings = {**config.to_dict(), "data": data}
         self._of = {"config": repr(sorted(settings.items(), key=str)), "teacher": _checksum(run.teacher)}
 
-    def load(self) -> dict[str, dict[str, float]] | None:
+    def load(self) -> dict[str, Any] | None:
         """Go on from the file, if there is one; gives what `save` was given.
 
         Raises:
@@ -37,7 +37,7 @@ class TrainingState:
         """
         return self._read(self.path) if self.path is not None and self.path.exists() else None
 
-    def _read(self, path: Path) -> dict[str, dict[str, float]]:
+    def _read(self, path: Path) -> dict[str, Any]:
         try:
             state = torch.load(path, weights_only=True)
             of = state["of"]
@@ -50,12 +50,12 @@ class TrainingState:
         logger.warning("Going on from step %d, kept in %s", self.run.done, path)
         return state["won"]
 
-    def save(self, won: dict[str, dict[str, float]]) -> None:
+    def save(self, won: dict[str, Any]) -> None:
         """Keep the training as it is now, and what was measured of its start."""
         if self.path is not None:
             self._write(self.path, won)
 
-    def _write(self, path: Path, won: dict[str, dict[str, float]]) -> None:
+    def _write(self, path: Path, won: dict[str, Any]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         beside = path.with_name(f".{path.name}.part")
         torch.save({"of": self._of, "won": won, "run": self.run.state_dict()}, beside)
@@ -88,7 +88,7 @@ class PipelineState(TrainingState):
     def _steps(self) -> set[int]:
         return {int(file.name.rpartition("-")[2]) for file in self.path.parent.glob(self._file("*").name)}
 
-    def load(self) -> dict[str, dict[str, float]] | None:
+    def load(self) -> dict[str, Any] | None:
         """Go on from the last step of which every process has its file, if there is one.
 
         Raises:
@@ -100,7 +100,7 @@ class PipelineState(TrainingState):
         common = set.intersection(*self.run.agree(self._steps()))
         return self._read(self._file(max(common))) if common else None
 
-    def save(self, won: dict[str, dict[str, float]]) -> None:
+    def save(self, won: dict[str, Any]) -> None:
         """Keep this process's part, when all processes have come to the same step."""
         if self.path is None:
             return

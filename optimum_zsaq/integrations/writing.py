@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..algorithms.generators import PriorSource, SequenceForm, Source, WrittenSource
+from ..algorithms.forms import SequenceForm
+from ..algorithms.generators import PriorSource, Source, WrittenSource
 from .data import OWN_DISTRIBUTION, continue_sequences, find_tokenizer, plain_tokens
 from .tasks import load_tokenizer
 
@@ -82,7 +83,7 @@ def answer_inputs(
     for i, length in enumerate(lengths):
         ids = source.draw(-(-count // len(lengths)), length - form.special, random)["input_ids"]
         answers = [
-            _answers(teacher, form.finish(part), form.longest, seed + i, watch) for part in ids.split(_WRITTEN_TOGETHER)
+            _answers(teacher, form.finish(part)["input_ids"], form.longest, seed + i, watch) for part in ids.split(_WRITTEN_TOGETHER)
         ]
         padding = teacher.generation_config.pad_token_id or 0
         width = max(answer.shape[1] for answer in answers)

@@ -2,7 +2,6 @@
 
 import copy
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -14,36 +13,29 @@ from transformers import PreTrainedModel
 from transformers.utils.logging import tqdm
 
 from ..algorithms.compensation import compensate
-from ..algorithms.generators import Batch, Generator, PriorSource, SequenceForm, Source, token_prior
-from ..algorithms.minimax import Minimax, MinimaxSettings, discrepancy
+from ..algorithms.forms import InputMixture
+from ..algorithms.generators import Generator, PriorSource, Source, token_prior
+from ..algorithms.minimax import Minimax, MinimaxSettings
+from ..algorithms.probes import ROUNDED, Guard, hold_out, make_probes
 from ..surgery import pack, prepare
-from .data import fitting_length, special_tokens, uncached_batch
+from .data import special_tokens, uncached_batch
+from .forms import input_mixture, longest_sequence
 from .recipe import calibrate_on_load
 from .state import TrainingState
 from .writing import answer_inputs, tokenizer_or_none, write_continuations, write_texts
-from .zsaq import SHORTEST, ZSAQConfig
+from .zsaq import ZSAQConfig
 
 
-_LONGEST_WRITTEN, _LONGEST = 128, 32  # tokens of a sequence, of decoders and of other models: our choice
+TRAINED = "trained"
 _START_BATCH = 64  # sequences run together when errors are compensated
-_HELD_OUT = 8  # batches that D is measured on, before and after
 _SAVED_EVERY = 25  # steps
-
-
-def writes_text(model: PreTrainedModel) -> bool:
-    """Whether a model is a decoder that can write its own sequences."""
-    return model.can_generate() and not model.config.is_encoder_decoder
-
-
-def longest_sequence(config: ZSAQConfig, model: PreTrainedModel) -> int:
-    """Tokens of the longest sequence that a model is trained on."""
-    usual = _LONGEST_WRITTEN if writes_text(model) else _LONGEST
-    return config.sequence_length or fitting_length(model, usual)
+_CHECKED = 2  # times that the student is measured while it trains, the end included
+_PROBE_SEED = 2**20  # added to the seed of training
 
 
 def sized(config: ZSAQConfig, model: PreTrainedModel) -> ZSAQConfig:
     """A copy of a config whose counts of sequences are all set, for this model."""
-    return config.sized(longest_sequence(config, model))
+    return config.sized(longest_sequence(model, config.sequence_length))
 
 
 def make_generator(teacher: PreTrainedModel, config: ZSAQConfig) -> Generator:
@@ -53,21 +45,20 @@ def make_generator(teacher: PreTrainedModel, config: ZSAQConfig) -> Generator:
         ValueError: "teacher" for a model that writes nothing; see `writing.py`.
     """
     config = sized(config, teacher)
-    first, last, special, _ = special_tokens(teacher, tokenizer_or_none(teacher))
-    longest = longest_sequence(config, teacher)
-    shortest = longest if writes_text(teacher) else min(longest, max(SHORTEST, len(first) + len(last) + 1))
-    form = SequenceForm(first, last, shortest, longest)
+    tokenizer = tokenizer_or_none(teacher)
+    forms = input_mixture(teacher, tokenizer, longest_sequence(teacher, config.sequence_length))
     table = teacher.get_input_embeddings().weight
-    prior = token_prior(table, special)
+    prior = token_prior(table, special_tokens(teacher, tokenizer)[2])
     with _progress(config.written_sequences, "Writing sequences", "sequence") as watch:
-        source = _source(teacher, config, form, prior, watch)
-    return Generator(source, table, prior, form, seed=config.seed)
+        source = _source(teacher, config, forms, prior, watch)
+    return Generator(source, table, prior, forms, seed=config.seed)
 
 
 def _source(
-    teacher: PreTrainedModel, config: ZSAQConfig, form: SequenceForm, prior: Tensor, watch: Callable[[int], Any]
+    teacher: PreTrainedModel, config: ZSAQConfig, forms: InputMixture, prior: Tensor, watch: Callable[[int], Any]
 ) -> Source:
     name, count, seed = config.generator, config.written_sequences, config.seed
+    form = forms.forms[0]
     own = teacher.can_generate()
     if name == "noise" or (name == "auto" and not own):
         return PriorSource(prior)
@@ -106,33 +97,65 @@ def train_on_load(model: PreTrainedModel, config: ZSAQConfig) -> dict[str, Any]:
     """Make a float model that was just loaded into a trained low-bit one, in place.
 
     Returns:
-        `dict`: what the data was (kind, count, seed), how long it took, and what it won: see `measure`.
+        `dict`: what the data was (kind, count, seed, inputs), how long it took, which state was kept, what each state was
+        measured to be on each probe, and where it is worse than rounding; see `Guard`.
 
     Raises:
         ValueError: weights that were not in the checkpoint: an untrained head has no answers to learn.
-        FloatingPointError: see `Minimax.step`.
+        FloatingPointError: see `Minimax.step`; with `guard=False` alone.
     """
     check_all_read(model, "ZSAQ")
     started, packed = time.perf_counter(), config.packed  # `prepare` notes in the config what the model is now
     config = sized(config, model)
     dtypes = {name: p.dtype for name, p in model.named_parameters()}
-    run = start_run(model, config)
-    held_out = [run.complete(run.generator.sample(config.batch_size)) for _ in range(_HELD_OUT)]
+    run, guard = start_run(model, config)
     state = TrainingState(config, run)
-    won = state.load() or find_start(run, config, held_out)
+    kept = state.load()
+    if kept is None:
+        find_start(run, guard, config)
+    else:
+        guard.load_state_dict(kept)
+    stopped = _train(run, guard, config, state)
+    stage = guard.restore() if config.guard else TRAINED
+    state.remove()
+    finish_training(model, packed, dtypes)
+    found = {
+        "kind": "generated token sequences",
+        "count": run.done * config.batch_size,
+        "seed": config.seed,
+        "seconds": round(time.perf_counter() - started),
+        "kept": stage,
+        "inputs": run.generator.forms.describe(),
+        "won": {s: {name: f.means() for name, f in found.items()} for s, found in guard.measured.items()},
+        "worse": guard.worse,
+    }
+    return {**found, "stopped": stopped} if stopped else found
+
+
+def _train(run: Minimax, guard: Guard, config: ZSAQConfig, state: TrainingState) -> str:
+    """All steps that are left, with a progress bar; tells why it ended early, if it did.
+
+    Raises:
+        FloatingPointError: see `Minimax.step`, where no guard has another state.
+    """
+    checks = {round(config.steps * (i + 1) / _CHECKED) for i in range(_CHECKED - 1)} if config.guard else set()
     with tqdm(total=config.steps, initial=run.done, desc="Training without data", unit="step", leave=False) as bar:
         while run.done < config.steps:
-            loss = run.step()["loss"]
+            try:
+                loss = run.step()["loss"]
+            except FloatingPointError as error:
+                if not config.guard:
+                    raise
+                return str(error)
             run.update()
             bar.update()
             bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
-            if run.done % _SAVED_EVERY == 0:
-                state.save(won)
-    won["trained"] = measure(run, held_out)
-    state.remove()
-    finish_training(model, packed, dtypes)
-    count, seconds = config.steps * config.batch_size, time.perf_counter() - started
-    return {"kind": "generated token sequences", "count": count, "seed": config.seed, "seconds": round(seconds), "won": won}
+            if run.done in checks:
+                guard.measure(f"step {run.done}")
+            if run.done % _SAVED_EVERY == 0 and run.done < config.steps:
+                state.save(guard.state_dict())
+    guard.measure(TRAINED)
+    return ""
 
 
 def finish_training(model: PreTrainedModel, packed: bool, dtypes: dict[str, torch.dtype]) -> None:
@@ -145,8 +168,8 @@ def finish_training(model: PreTrainedModel, packed: bool, dtypes: dict[str, torc
             p.data = p.data.to(dtypes[name])
 
 
-def start_run(model: PreTrainedModel, config: ZSAQConfig) -> Minimax:
-    """Teacher, generator and training of a float model, which becomes the student, rounded, in place."""
+def start_run(model: PreTrainedModel, config: ZSAQConfig) -> tuple[Minimax, Guard]:
+    """The training of a float model, which becomes the student, rounded, in place; and what watches over it."""
     for p in model.parameters():
         p.data = p.data.float()
     teacher = copy.deepcopy(model)
@@ -154,24 +177,20 @@ def start_run(model: PreTrainedModel, config: ZSAQConfig) -> Minimax:
     calibrate_on_load(model, config)
     generator = make_generator(teacher, config)
     settings = replace(config.settings(), autocast=autocast_dtype(config.autocast, model.device))
+    generator.source, other = hold_out(generator.source)
     run = make_minimax(teacher, model, generator, settings)
-    return run
+    return run, Guard(run, make_probes(generator, other, config.seed + _PROBE_SEED))
 
 
-def find_start(run: Minimax, config: ZSAQConfig, held_out: list[Batch]) -> dict[str, dict[str, float]]:
-    """Compensate the errors of a rounded student, in place, if the config says so; with a progress bar.
-
-    Returns:
-        `dict`: what was measured of it "rounded" and "compensated".
-    """
-    won = {"rounded": measure(run, held_out)}
+def find_start(run: Minimax, guard: Guard, config: ZSAQConfig) -> None:
+    """Measure a rounded student, and compensate its errors, in place, if the config says so; with a progress bar."""
+    guard.measure(ROUNDED)
     if config.start == "compensated":
         size = min(_START_BATCH, config.start_sequences)
         batches = [run.complete(run.generator.sample(size)) for _ in range(-(-config.start_sequences // size))]
         with _progress(100, "Compensating errors", "%") as watch:
             compensate(run.teacher, run.student, batches, watch=_in_percent(watch))
-        won["compensated"] = measure(run, held_out)
-    return won
+        guard.measure("compensated")
 
 
 def _in_percent(watch: Callable[[int], Any]) -> Callable[[str, float], None]:
@@ -185,43 +204,32 @@ def _in_percent(watch: Callable[[int], Any]) -> Callable[[str, float], None]:
     return report
 
 
-@torch.no_grad()
-def measure(run: Minimax, batches: list[Batch]) -> dict[str, float]:
-    """How far the student is from its teacher on some batches.
-
-    Returns:
-        `dict`: "discrepancy", D; of a model with outputs "output", D of these alone, and where they are classes or tokens
-        also "agreement", the share of equal answers.
-    """
-    alone = replace(run.settings, output_weight=1.0, hidden_weight=0.0)
-    found: dict[str, float] = Counter()
-    for batch in batches:
-        outputs = [model(**batch, output_hidden_states=True) for model in (run.teacher, run.student)]
-        found["discrepancy"] += discrepancy(*outputs, batch, run.settings).item() / len(batches)
-        if getattr(outputs[1], "logits", None) is None:
-            continue
-        found["output"] += discrepancy(*outputs, batch, alone).item() / len(batches)
-        if alone.output == "kl":
-            teacher, student = (output.logits.argmax(dim=-1) for output in outputs)
-            found["agreement"] += (teacher == student).float().mean().item() / len(batches)
-    return dict(found)
-
-
 def won_lines(data: dict[str, Any]) -> list[str]:
-    """What a finished run tells its user, three lines, from what `train_on_load` returned."""
-    won = data["won"]
+    """What a finished run tells its user, from what `train_on_load` returned: a line a form, then what was kept and why."""
+    stages, kept = list(data["won"]), data["kept"]
+    lines = []
+    for name, rounded in data["won"][ROUNDED].items():
+        found = [data["won"][stage][name] for stage in stages]
+        key = "output" if "output" in rounded else "discrepancy"
+        told = ", ".join(f"{f[key]:.4f} {stage}" for f, stage in zip(found, stages, strict=True))
+        mark = "" if name not in data["worse"].get(kept, ()) else "; worse than rounding"
+        equal = ""
+        if "agreement" in rounded:
+            equal = f"; answers equal {100 * rounded['agreement']:.1f} -> {100 * data['won'][kept][name]['agreement']:.1f} %"
+        lines.append(f"{name}: distance from the float model {told}{equal}{mark}")
+    return [*lines, _kept_line(data), f"{data['count']:,} generated sequences, {data['seconds']} s; all on inputs not trained on"]
 
-    def series(figure: str, form: Callable[[float], str]) -> str:
-        return ", ".join(f"{form(found[figure])} {stage}" for stage, found in won.items())
 
-    removed = 1.0 - won["trained"]["discrepancy"] / won["rounded"]["discrepancy"]
-    lines = [
-        f"distance from the float model: {series('discrepancy', lambda d: f'{d:.4f}')} ({100 * removed:.0f} % removed)",
-        f"{data['count']:,} generated sequences, {data['seconds']} s; both figures on held-out generated inputs",
-    ]
-    if "agreement" in won["trained"]:
-        lines.insert(1, f"answers like the float model's: {series('agreement', lambda a: f'{100 * a:.1f} %')}")
-    return lines
+def _kept_line(data: dict[str, Any]) -> str:
+    """Which state is returned, and what was wrong with the last one."""
+    kept = data["kept"]
+    why = [f"training stopped: {data['stopped']}"] if "stopped" in data else []
+    why += [f"{stage} is worse than rounding on {', '.join(names)}" for stage, names in data["worse"].items() if names]
+    if kept == TRAINED:
+        return "kept: the trained model"
+    if kept == ROUNDED:
+        return f"kept: rounding, as PreQuantConfig gives it, because {'; '.join(why) or 'nothing was nearer to the float model'}"
+    return f"kept: the state {kept!r}, because {'; '.join(why) or 'what came after was not nearer to the float model'}"
 
 
 @contextmanager

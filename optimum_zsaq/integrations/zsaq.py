@@ -6,12 +6,12 @@ from typing import Any
 from ..algorithms.minimax import MinimaxSettings
 from ..algorithms.sharpness import SharpnessSettings
 from .configs import ALGORITHMS, RANGE_METHODS, LowBitConfig
+from .forms import SHORTEST
 from .writing import describe_generator
 
 
 STARTS = ("compensated", "rounding")
 AUTOCASTS = ("auto", "bfloat16", "float32")
-SHORTEST = 5  # tokens of the shortest sequence, special ones included
 _MINIMAX = {
     "steps": 200,
     "batch_size": None,
@@ -24,7 +24,7 @@ _MINIMAX = {
     "hidden_weight": 1.0,
     "sharp_from": 0.0,
 }
-_TOKENS = {"batch_size": 2**10, "written_sequences": 2**16, "start_sequences": 2**14}  # what None stands for, in tokens
+_TOKENS = {"batch_size": 2**11, "written_sequences": 2**16, "start_sequences": 2**14}  # what None stands for, in tokens
 _RATES = (1e-4, 3e-5)  # below 4 bits, and from there on
 _SHARPNESS = {"rho": 0.0, "adaptive": False, "perturb": "quantized"}
 _OWN = {
@@ -34,6 +34,7 @@ _OWN = {
     "start": "compensated",
     "start_sequences": None,
     "autocast": "auto",
+    "guard": True,
     "state": None,
 }
 
@@ -43,8 +44,9 @@ class ZSAQConfig(LowBitConfig):
 
     Args:
         steps (`int`): student steps.
-        batch_size (`int`, *optional*): sequences a step; None: as many as make 1,024 tokens, if all were the longest.
-        sequence_length (`int`, *optional*): tokens of the longest sequence; None: 128 for decoders, else 32.
+        batch_size (`int`, *optional*): sequences a step; None: as many as make 2,048 tokens, if all were the longest
+            (1,024 for decoders, whose sequences are).
+        sequence_length (`int`, *optional*): tokens of the longest sequence; None: 128, or what the model has positions for.
         learning_rate, scale_learning_rate (`float`, *optional*): of the weights, and of the step sizes of weights and
             static inputs; None: 1e-4 below 4 bits, where more is to be won, else 3e-5.
         generator: "noise": tokens drawn from a guess of how frequent each is; "teacher": what the model itself writes (a
@@ -64,6 +66,8 @@ class ZSAQConfig(LowBitConfig):
         output_weight, hidden_weight (`float`): what the discrepancy consists of.
         autocast (`str`): dtype of the matmuls while training: "bfloat16", "float32", or "auto": bfloat16 where the
             processor multiplies it. Weights are float32.
+        guard (`bool`): give back the best state that is no worse than rounding on inputs of every kind (`Guard`), in the
+            worst case rounding; False: what training ends with.
         state (`str`, *optional*): file that the state of training is kept in; a run that was interrupted and is started
             again with it goes on, bit for bit. It is removed at the end. Not stored.
         seed (`int`): of the generator.
@@ -99,7 +103,7 @@ class ZSAQConfig(LowBitConfig):
             count = getattr(self, name)
             if count is not None and (not isinstance(count, int) or count < 1):
                 raise ValueError(f"{name}={count!r} is no count; use an integer of at least 1, or None")
-        for name, allowed in (("start", STARTS), ("autocast", AUTOCASTS)):
+        for name, allowed in (("start", STARTS), ("autocast", AUTOCASTS), ("guard", (True, False))):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not allowed; use one of {allowed}")
         if self.start == "compensated" and self.ranges == "ternary":

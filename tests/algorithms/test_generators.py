@@ -4,14 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from optimum_zsaq.algorithms.generators import (
-    Generator,
-    PriorSource,
-    SequenceForm,
-    Source,
-    WrittenSource,
-    token_prior,
-)
+from optimum_zsaq.algorithms.forms import SequenceForm
+from optimum_zsaq.algorithms.generators import Generator, PriorSource, Source, WrittenSource, token_prior
 from optimum_zsaq.layers import FakeQuantEmbedding
 from optimum_zsaq.spec import LayerSpec, QuantSpec
 

@@ -7,7 +7,8 @@ from tiny_models import VOCABULARY, make, make_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 
-from optimum_zsaq.algorithms.generators import SequenceForm, WrittenSource
+from optimum_zsaq.algorithms.forms import SequenceForm
+from optimum_zsaq.algorithms.generators import WrittenSource
 from optimum_zsaq.integrations.writing import (
     answer_inputs,
     describe_generator,

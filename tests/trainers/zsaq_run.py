@@ -9,7 +9,8 @@ from tiny_models import make
 from trainers.processes import Slow
 
 from optimum_zsaq import PreQuantConfig, ZSAQArguments, ZSAQTrainer, prepare
-from optimum_zsaq.algorithms.generators import Generator, PriorSource, SequenceForm, token_prior
+from optimum_zsaq.algorithms.forms import SequenceForm
+from optimum_zsaq.algorithms.generators import Generator, PriorSource, token_prior
 
 
 GAIN = {"llama-tied": 3, "t5-tied": 1, "bart-tied": 15}  # new weights are so small that layers hardly change what passes

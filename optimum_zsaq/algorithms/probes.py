@@ -1,0 +1,217 @@
+"""A guard that needs no data: is a trained student nearer to its teacher than rounding is, on inputs of every kind?
+
+Probes are inputs that training does not draw from: every form of the training's own, and others that no training asked
+for (a flatter prior, uniform and repeated tokens, reversed text). `Guard` measures them on states of the student along the
+way, keeps the best state that is not worse than rounding on any of them, and puts it back at the end. Source: our choice,
+measured in docs/methods/zsaq_forms.md.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .forms import Batch, InputMixture, SequenceForm
+from .generators import Generator, PriorSource, Source, WrittenSource
+from .minimax import Minimax, sequence_discrepancies
+
+
+ROUNDED = "rounded"
+_LENGTHS = (8, 24, 72)  # tokens of a probe's sequences
+_EACH = 8  # sequences of each length
+_FLATTER = 0.5  # power that flattens a prior for a probe
+_SPREAD = 2.0  # standard errors by which a probe must be worse to count as worse
+_HELD_OUT = 16  # one sequence in so many of a written pool is kept for probes
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Inputs of one kind. Args: name (`str`); batches (`list[dict]`); unlike (`bool`): no training asks for these."""
+
+    name: str
+    batches: list[Batch]
+    unlike: bool = False
+
+
+@dataclass
+class Found:
+    """What was measured of one probe, a figure a sequence.
+
+    Shapes: discrepancy (n,), D as training has it; output (n,), D of the outputs alone; agreement (n,), the share of equal
+    answers. Of models without outputs the last two are empty.
+    """
+
+    discrepancy: Tensor
+    output: Tensor
+    agreement: Tensor
+
+    def means(self) -> dict[str, float]:
+        """For reports."""
+        found = {"discrepancy": self.discrepancy.mean().item()}
+        if len(self.output):
+            found["output"] = self.output.mean().item()
+        if len(self.agreement):
+            found["agreement"] = self.agreement.mean().item()
+        return found
+
+    @property
+    def deciding(self) -> Tensor:
+        """What a user would see: the outputs, or without a head the hidden states."""
+        return self.output if len(self.output) else self.discrepancy
+
+
+class ReversedSource:
+    """Another source's sequences, from the end to the beginning."""
+
+    def __init__(self, source: Source):
+        self.source = source
+
+    def draw(self, size: int, length: int, random: torch.Generator) -> Batch:
+        """See `Source`."""
+        return {"input_ids": self.source.draw(size, length, random)["input_ids"].flip(1)}
+
+
+class RepeatedSource:
+    """One token, again and again. Args: prior (`Tensor`): (V,), which one."""
+
+    def __init__(self, prior: Tensor):
+        self.prior = prior.cpu()
+
+    def draw(self, size: int, length: int, random: torch.Generator) -> Batch:
+        """See `Source`."""
+        return {"input_ids": torch.multinomial(self.prior, size, replacement=True, generator=random)[:, None].repeat(1, length)}
+
+
+def hold_out(source: Source) -> tuple[Source, Source]:
+    """A source for training and one for probes; only sequences that were written are few enough to be parted."""
+    if not isinstance(source, WrittenSource) or len(source.written) < 2 * _HELD_OUT:
+        return source, source
+    return source.part(slice(len(source.written) // _HELD_OUT, None)), source.part(slice(len(source.written) // _HELD_OUT))
+
+
+def make_probes(generator: Generator, source: Source, seed: int) -> list[Probe]:
+    """Probes of the forms of a generator.
+
+    Args:
+        generator (`Generator`): of the training.
+        source (`Source`): what the probes draw from where the training draws from the generator's.
+        seed (`int`): of what is drawn.
+    """
+    found = []
+    prior = generator.prior
+    answers = "decoder_input_ids" in source.draw(1, generator.forms.forms[0].shortest, torch.Generator().manual_seed(0))
+    others = {"reversed text": ReversedSource(source)} if not answers else {}
+    others |= {
+        "a flatter prior": PriorSource(prior**_FLATTER),
+        "uniform tokens": PriorSource((prior > 0).float()),
+        "repeated tokens": RepeatedSource(prior),
+    }
+    mixture = generator.forms
+    for form in mixture.forms:
+        kinds = {"": mixture}
+        if form.segments == 2:
+            kinds = {"related": mixture, "unrelated": replace(mixture, pairs={"unrelated": 1.0})}
+        for kind, own in kinds.items():
+            name = f"{form.name}, {kind}" if kind else form.name
+            found.append(Probe(name, list(_batches(generator, source, own, form, seed))))
+        for name, other in ({} if answers else others).items():
+            plain = InputMixture((form,), pairs=mixture.pairs)
+            found.append(Probe(f"{form.name}, {name}", list(_batches(generator, other, plain, form, seed)), unlike=True))
+    return found
+
+
+def _batches(
+    generator: Generator, source: Source, mixture: InputMixture, form: SequenceForm, seed: int
+) -> Iterator[Batch]:
+    for i, length in enumerate(_LENGTHS):
+        size = min(max(length, form.shortest), form.longest)
+        one = replace(mixture, forms=(replace(form, shortest=size, longest=size),), shares=(1.0,), padded=0.0)
+        yield generator.another(source, one, seed + i).sample(_EACH)
+
+
+class Guard:
+    """Measures the states of a training on probes, keeps the best that is not worse than rounding, and puts it back.
+
+    Args:
+        run (`Minimax`): whose student is rounded when the guard is made.
+        probes (`list[Probe]`): what to measure on.
+    """
+
+    def __init__(self, run: Minimax, probes: list[Probe]):
+        self.run, self.probes = run, probes
+        self.measured: dict[str, dict[str, Found]] = {}
+        self.worse: dict[str, list[str]] = {}
+        self._best: tuple[str, list[Tensor] | None] = (ROUNDED, None)
+        self._scales = [p.detach().clone() for p in run.scales]
+
+    def measure(self, stage: str) -> dict[str, Found]:
+        """Measure the student as it is, and keep it if it is the best so far."""
+        found = {probe.name: self._found(probe) for probe in self.probes}
+        self.measured[stage] = found
+        if stage == ROUNDED:
+            return found
+        self.worse[stage] = [name for name in found if self._is_worse(found[name], self.measured[ROUNDED][name])]
+        if not self.worse[stage] and self.distance(stage) < self.distance(self.chosen):
+            self._best = (stage, [p.detach().clone() for p in self.run.trained])
+        return found
+
+    @property
+    def chosen(self) -> str:
+        """The best state so far."""
+        return self._best[0]
+
+    def distance(self, stage: str) -> float:
+        """How far a state is from the teacher on inputs as training has them, over how far rounding is."""
+        ratios = []
+        for probe in self.probes:
+            if not probe.unlike:
+                pair = (self.measured[s][probe.name].deciding.mean().item() for s in (stage, ROUNDED))
+                ratios.append(_ratio(*pair))
+        return sum(ratios) / len(ratios)
+
+    @torch.no_grad()
+    def restore(self) -> str:
+        """Give the student the best state's weights and step sizes, in place; gives the state's name."""
+        stage, kept = self._best
+        if kept is None:
+            named = dict(self.run.teacher.named_parameters())
+            floats = {id(p): named.get(name) for name, p in self.run.student.named_parameters()}
+            kept = [*(floats[id(p)] for p in self.run.weights), *self._scales]
+        for p, value in zip(self.run.trained, kept, strict=True):
+            p.copy_(value)
+        return stage
+
+    @torch.no_grad()
+    def _found(self, probe: Probe) -> Found:
+        parts = []
+        for batch in probe.batches:
+            completed = self.run.complete(dict(batch))
+            outputs = [model(**completed, output_hidden_states=True) for model in (self.run.teacher, self.run.student)]
+            parts.append(sequence_discrepancies(*outputs, completed, self.run.settings))
+        return Found(*(torch.cat(figures) for figures in zip(*parts, strict=True)))
+
+    @staticmethod
+    def _is_worse(found: Found, rounded: Found) -> bool:
+        change = (found.deciding - rounded.deciding).double()
+        if not torch.isfinite(change).all():
+            return True
+        return change.mean().item() > _SPREAD * change.std().item() / math.sqrt(len(change))
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was measured and kept."""
+        figures = {s: {name: list(vars(f).values()) for name, f in found.items()} for s, found in self.measured.items()}
+        return {"measured": figures, "worse": self.worse, "best": self._best, "scales": self._scales}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what `state_dict` gave."""
+        self.measured = {s: {name: Found(*f) for name, f in found.items()} for s, found in state["measured"].items()}
+        self.worse, self._best, self._scales = state["worse"], tuple(state["best"]), state["scales"]
+
+
+def _ratio(value: float, reference: float) -> float:
+    if not math.isfinite(value):
+        return math.inf
+    return value / reference if reference > 0.0 else float(value > 0.0)

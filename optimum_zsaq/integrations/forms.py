@@ -1,0 +1,100 @@
+"""Which inputs a transformers' model may meet, read off its tokenizer and its config."""
+
+import inspect
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..algorithms.forms import InputMixture, SequenceForm
+from .data import fitting_length, special_tokens
+
+
+SHORTEST = 5  # tokens of the shortest sequence, special ones included
+_LONGEST = 128  # tokens of a sequence
+# Our choices from here on, measured in docs/methods/zsaq_forms.md.
+_PAIRS = 0.7  # share of the batches that are pairs, where a model reads pairs
+_PADDED = 0.15  # share of the batches with sequences of different lengths
+_BETWEEN = {
+    "copy": 0.4,
+    "shifted": 0.1,
+    "shuffled": 0.1,
+    "inserted": 0.1,
+    "neighbours": 0.1,
+    "part": 0.1,
+    "follows": 0.05,
+    "unrelated": 0.05,
+}
+_WITHIN = {"none": 0.7, "repeat": 0.2, "keys": 0.05, "list": 0.05}
+_PROBE = "a"  # a text of which the tokenizer makes a template
+
+
+def writes_text(model: PreTrainedModel) -> bool:
+    """Whether a model is a decoder that can write its own sequences."""
+    return model.can_generate() and not model.config.is_encoder_decoder
+
+
+def longest_sequence(model: PreTrainedModel, wanted: int | None = None) -> int:
+    """Tokens of the longest sequence that a model is trained on."""
+    return wanted or fitting_length(model, _LONGEST)
+
+
+def input_mixture(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, longest: int, pairs: bool = True
+) -> InputMixture:
+    """The forms of a model's inputs, and how much there is of each.
+
+    Args:
+        model (`PreTrainedModel`): whose inputs they are.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): what it puts around a text, and between two.
+        longest (`int`): tokens of the longest sequence.
+        pairs (`bool`): whether inputs may have two segments.
+    """
+    first, last, _, padding = special_tokens(model, tokenizer)
+    pads = not model.config.is_encoder_decoder and tokenizer is not None and tokenizer.pad_token_id is not None
+    pads = pads and (model.config.pad_token_id is not None or not hasattr(model, "score"))
+    sizes = {"longest": longest, "padding": padding if pads else None, "left": pads and tokenizer.padding_side == "left"}
+    shortest = longest if writes_text(model) else min(longest, max(SHORTEST, len(first) + len(last) + 1))
+    single = SequenceForm(first, last, shortest, types=_types(model, tokenizer, first, last), **sizes)
+    pair = pair_form(model, tokenizer, sizes) if pairs and not model.can_generate() else None
+    if pair is None:
+        return InputMixture((single,), (1.0,), _PADDED, inner=_WITHIN)
+    return InputMixture((single, pair), (1.0 - _PAIRS, _PAIRS), _PADDED, _BETWEEN, _WITHIN)
+
+
+def pair_form(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, sizes: dict) -> SequenceForm | None:
+    """How a tokenizer writes two texts as one input; None if it puts nothing between them, or there is no room."""
+    if tokenizer is None:
+        return None
+    text = tokenizer(_PROBE, add_special_tokens=False)["input_ids"]
+    encoded = tokenizer(_PROBE, _PROBE)
+    ids = encoded["input_ids"]
+    starts = [i for i in range(len(ids) - len(text) + 1) if ids[i : i + len(text)] == text]
+    if not text or len(starts) < 2 or starts[-1] == starts[0] + len(text):
+        return None
+    (one, two), size = (starts[0], starts[-1]), len(text)
+    first, middle, last = tuple(ids[:one]), tuple(ids[one + size : two]), tuple(ids[two + size :])
+    types = encoded.get("token_type_ids") if _reads_types(model) else None
+    if types is not None:
+        kept = [i for i in range(len(ids)) if not (one < i < one + size or two < i < two + size)]
+        types = tuple(types[i] for i in kept)
+    shortest = max(SHORTEST, len(first) + len(middle) + len(last) + 2)
+    if shortest > sizes["longest"]:
+        return None
+    return SequenceForm(first, last, shortest, middle=middle, types=types, **sizes)
+
+
+def _types(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, first: tuple[int, ...], last: tuple[int, ...]
+) -> tuple[int, ...] | None:
+    """Token types of one text: those of its special tokens, and one for the text."""
+    if tokenizer is None or not _reads_types(model):
+        return None
+    encoded = tokenizer(_PROBE)
+    types = encoded.get("token_type_ids")
+    if types is None or len(types) < len(first) + len(last) + 1:
+        return None
+    return (*types[: len(first) + 1], *types[len(types) - len(last) :])
+
+
+def _reads_types(model: PreTrainedModel) -> bool:
+    read = "token_type_ids" in inspect.signature(type(model).forward).parameters
+    return read and getattr(model.config, "type_vocab_size", 0) > 1
