@@ -126,9 +126,7 @@ def _fine_tune(task: str, data: Path, folder: Path) -> None:
     )
     rows = samples(task, "train", data)
     encoded = encode(rows, data)
-    features = [
-        {**{name: encoded[name][i] for name in encoded}, "labels": row["labels"]} for i, row in enumerate(rows)
-    ]
+    features = [{**{name: encoded[name][i] for name in encoded}, "labels": row["labels"]} for i, row in enumerate(rows)]
     rate, epochs = _RECIPES[task]
     args = TrainingArguments(
         tempfile.mkdtemp(prefix="forms-"),

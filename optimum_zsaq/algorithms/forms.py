@@ -24,7 +24,7 @@ class SequenceForm:
         first, last (`tuple[int, ...]`): ids it begins and ends with, such as [CLS] and [SEP].
         shortest, longest (`int`): its length, special tokens included.
         middle (`tuple[int, ...]`, *optional*): ids between two segments, such as [SEP]; None: there is one segment.
-        types (`tuple[int, ...]`, *optional*): token types of each id of `first`, of the first segment, of each id of `middle`,
+        types (`tuple[int, ...]`, *optional*): token types of each id of `first`, of the first segment, of each of `middle`,
             of the second segment and of each id of `last`; None: the model is given none.
         padding (`int`, *optional*): id that shorter sequences of a batch are filled up with; None: all have one length.
         left (`bool`): that is done before a sequence, not behind it.

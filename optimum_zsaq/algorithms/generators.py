@@ -20,18 +20,25 @@ from .relations import draw_relations, relate, relate_within
 
 _SMALLEST_NORM = 0.7
 _HEAD = 10.0
+_NARROWEST = 3.0  # a token that is one standard deviation more like a topic is up to exp(3) times as likely: our choice
 _ALWAYS = 1e4  # a logit that beats every other
 _KEPT = 2.0  # the generator starts with exp(2) : 1 for a token as it came against all candidates together, our choice
 
 
-def token_prior(table: Tensor, special: list[int], exponent: float = 0.7) -> Tensor:
-    """How likely each token is in text, guessed from the embeddings alone.
+def token_prior(table: Tensor, special: list[int], exponent: float = 0.7, rare: Tensor | None = None) -> Tensor:
+    """How likely each token is in text, guessed from the vocabulary alone.
 
     Vocabularies are ordered roughly by frequency, so the r-th token has p ~ 1 / (r + 10)^exponent. Special tokens have
     none, nor has a token whose embedding is shorter than 0.7 of the median: training hardly touched it. Zipf's law has
     exponent 1; a flatter prior, with more of the words that mean something, is our choice.
 
-    Shapes: table (V, D) -> (V,) float32, sums to 1.
+    Args:
+        table (`Tensor`): (V, D), input embeddings.
+        special (`list[int]`): ids that text does not hold.
+        exponent (`float`): how steep the prior is.
+        rare (`Tensor`, *optional*): (V,) bool, tokens that come after all others, wherever they stand.
+
+    Shapes: -> (V,) float32, sums to 1.
 
     Raises:
         ValueError: every token is special.
@@ -43,6 +50,11 @@ def token_prior(table: Tensor, special: list[int], exponent: float = 0.7) -> Ten
         raise ValueError(f"all {len(plain)} tokens of the vocabulary are special, so there is nothing to write inputs with")
     plain &= norms >= _SMALLEST_NORM * norms[plain].median()
     rank = torch.cumsum(plain, dim=0) - 1
+    if rare is not None:
+        rare = rare.to(plain.device)
+        usual = plain & ~rare
+        last = usual.sum() + torch.cumsum(plain & rare, dim=0) - 1
+        rank = torch.where(rare, last, torch.cumsum(usual, dim=0) - 1)
     prior = plain / (rank.clamp(min=0).float() + _HEAD) ** exponent
     return prior / prior.sum()
 
@@ -208,7 +220,8 @@ class Generator(nn.Module):
         answers = {name: tensor.to(self._table.device) for name, tensor in drawn.items() if name != "input_ids"}
         ids = drawn["input_ids"]
         if not answers:  # an answer belongs to what it was given to
-            ids = relate_within(ids, draw_relations(self.forms.inner, size, self.random), self.random)
+            relations = draw_relations(self.forms.inner, size, self.random)
+            ids = relate_within(ids.to(self._table.device), relations, self.random, self._on_topic)
         segments = self._segments(form, ids.to(self._table.device))
         batch = form.finish(*segments)
         length = batch["input_ids"].shape[1]
@@ -234,6 +247,19 @@ class Generator(nn.Module):
         candidates = self._candidates()
         rows = [nn.functional.normalize(self._table[ids].float(), dim=-1) for ids in (tokens, candidates)]
         return candidates[(rows[0] @ rows[1].t()).argmax(dim=-1)]
+
+    def _on_topic(self, ids: Tensor) -> Tensor:
+        """Texts of tokens whose embeddings are like that of one token of each text. Shapes: (n, L) -> (n, L) int64."""
+        candidates, size = self._candidates(), len(ids)
+        place = torch.randint(ids.shape[1], (size, 1), generator=self.random).to(ids.device)
+        topics = ids.gather(1, place).flatten()
+        rows = [nn.functional.normalize(self._table[known].float(), dim=-1) for known in (topics, candidates)]
+        likeness = rows[0] @ rows[1].t()
+        likeness = (likeness - likeness.mean(dim=1, keepdim=True)) / likeness.std(dim=1, keepdim=True).clamp(min=1e-6)
+        narrow = _NARROWEST * torch.rand(size, 1, generator=self.random)
+        weights = (narrow * likeness.cpu()).softmax(dim=1)
+        chosen = torch.multinomial(weights, ids.shape[1], replacement=True, generator=self.random)
+        return candidates[chosen.to(ids.device)]
 
     def _candidates(self) -> Tensor:
         drawn = torch.multinomial(self.prior, self.candidates, replacement=True, generator=self.random)

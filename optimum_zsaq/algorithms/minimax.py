@@ -144,9 +144,7 @@ def sequence_discrepancies(
     return total, output, agreement
 
 
-def _output_errors(
-    teacher: Any, student: Any, batch: Batch, settings: MinimaxSettings
-) -> tuple[Tensor, Tensor | None]:
+def _output_errors(teacher: Any, student: Any, batch: Batch, settings: MinimaxSettings) -> tuple[Tensor, Tensor | None]:
     """D of each sequence or position, and which positions count."""
     mask = batch.get("decoder_attention_mask" if "decoder_input_ids" in batch else "attention_mask")
     error = _output_discrepancy(teacher.logits.float(), student.logits.float(), settings.output)

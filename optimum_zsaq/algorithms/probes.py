@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .forms import Batch, InputMixture, SequenceForm
 from .generators import Generator, PriorSource, Source, WrittenSource
@@ -20,10 +20,11 @@ from .minimax import Minimax, sequence_discrepancies
 
 
 ROUNDED = "rounded"
-_LENGTHS = (8, 24, 72)  # tokens of a probe's sequences
+_LENGTHS = (8, 20, 50)  # tokens of a probe's sequences
 _EACH = 8  # sequences of each length
 _FLATTER = 0.5  # power that flattens a prior for a probe
-_SPREAD = 2.0  # standard errors by which a probe must be worse to count as worse
+_SPREAD = 2.0  # standard errors by which a probe must be worse to count as worse,
+_LEAST = 0.1  # and this share of rounding's distance on inputs as training has them
 _HELD_OUT = 16  # one sequence in so many of a written pool is kept for probes
 
 
@@ -82,7 +83,9 @@ class RepeatedSource:
 
     def draw(self, size: int, length: int, random: torch.Generator) -> Batch:
         """See `Source`."""
-        return {"input_ids": torch.multinomial(self.prior, size, replacement=True, generator=random)[:, None].repeat(1, length)}
+        return {
+            "input_ids": torch.multinomial(self.prior, size, replacement=True, generator=random)[:, None].repeat(1, length)
+        }
 
 
 def hold_out(source: Source) -> tuple[Source, Source]:
@@ -123,9 +126,7 @@ def make_probes(generator: Generator, source: Source, seed: int) -> list[Probe]:
     return found
 
 
-def _batches(
-    generator: Generator, source: Source, mixture: InputMixture, form: SequenceForm, seed: int
-) -> Iterator[Batch]:
+def _batches(generator: Generator, source: Source, mixture: InputMixture, form: SequenceForm, seed: int) -> Iterator[Batch]:
     for i, length in enumerate(_LENGTHS):
         size = min(max(length, form.shortest), form.longest)
         one = replace(mixture, forms=(replace(form, shortest=size, longest=size),), shares=(1.0,), padded=0.0)
@@ -153,7 +154,7 @@ class Guard:
         self.measured[stage] = found
         if stage == ROUNDED:
             return found
-        self.worse[stage] = [name for name in found if self._is_worse(found[name], self.measured[ROUNDED][name])]
+        self.worse[stage] = [name for name in found if self._is_worse(name, found[name])]
         if not self.worse[stage] and self.distance(stage) < self.distance(self.chosen):
             self._best = (stage, [p.detach().clone() for p in self.run.trained])
         return found
@@ -193,12 +194,14 @@ class Guard:
             parts.append(sequence_discrepancies(*outputs, completed, self.run.settings))
         return Found(*(torch.cat(figures) for figures in zip(*parts, strict=True)))
 
-    @staticmethod
-    def _is_worse(found: Found, rounded: Found) -> bool:
-        change = (found.deciding - rounded.deciding).double()
+    def _is_worse(self, name: str, found: Found) -> bool:
+        rounded = self.measured[ROUNDED]
+        change = (found.deciding - rounded[name].deciding).double()
         if not torch.isfinite(change).all():
             return True
-        return change.mean().item() > _SPREAD * change.std().item() / math.sqrt(len(change))
+        usual = [rounded[probe.name].deciding.mean().item() for probe in self.probes if not probe.unlike]
+        least = max(_SPREAD * change.std().item() / math.sqrt(len(change)), _LEAST * sum(usual) / len(usual))
+        return change.mean().item() > least
 
     def state_dict(self) -> dict[str, Any]:
         """What was measured and kept."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 PAIR_RELATIONS = ("copy", "shifted", "shuffled", "inserted", "neighbours", "part", "follows", "unrelated")
-INNER_RELATIONS = ("none", "repeat", "keys", "list")
+INNER_RELATIONS = ("none", "topic", "repeat", "keys", "list")
 _FARTHEST = 2  # places that a shifted copy is moved by
 _PHRASE = 0.5  # the longest phrase that is repeated, as a share of the text
 _ITEM = 4  # tokens between two separators of a list, at most
@@ -88,20 +88,28 @@ def _places(relation: str, length: int, count: int, random: torch.Generator) -> 
     return places % length
 
 
-def relate_within(ids: Tensor, relations: list[str], random: torch.Generator) -> Tensor:
+def relate_within(ids: Tensor, relations: list[str], random: torch.Generator, on_topic: Nearest) -> Tensor:
     """Texts of whose parts some come again.
 
     Args:
         ids (`Tensor`): (B, L) int64.
-        relations (`list[str]`): of `INNER_RELATIONS`, one a sequence: "repeat": a phrase comes again, one or more times;
-            "keys": two tokens that stand together do so again and again; "list": every few tokens the same separator.
+        relations (`list[str]`): of `INNER_RELATIONS`, one a sequence: "topic": its tokens are about one thing; "repeat": a
+            phrase comes again, one or more times; "keys": two tokens that stand together do so again and again; "list":
+            every few tokens the same separator.
         random (`torch.Generator`): what is drawn.
+        on_topic (`Callable`): (n, L) texts -> (n, L) texts of the same topic, one each.
 
     Shapes: -> (B, L) int64, a copy.
     """
     found, length = ids.clone(), ids.shape[1]
+    topical = torch.tensor([relation == "topic" for relation in relations])
+    if topical.any():
+        chosen = topical.to(ids.device)
+        share = torch.rand(int(topical.sum()), 1, generator=random)
+        kept = torch.rand(int(topical.sum()), length, generator=random) < share
+        found[chosen] = torch.where(kept.to(ids.device), ids[chosen], on_topic(ids[chosen]))
     for row, relation in enumerate(relations):
-        if relation == "none" or length < 4:
+        if relation in ("none", "topic") or length < 4:
             continue
         draw = torch.rand(3, generator=random).tolist()
         text = found[row]

@@ -15,7 +15,7 @@ from .common import Command, add_common_arguments, size_text
 _SHARED = ("steps", "batch_size", "sequence_length", "learning_rate", "start", "state")
 _TRAINING = {  # fields that only those that train have
     "prequant": (),
-    "zsaq": (*_SHARED, "rho", "generator", "generator_every"),
+    "zsaq": (*_SHARED, "rho", "generator", "generator_every", "guard"),
     "mrem": (*_SHARED, "stages", "parallel", "offload"),
 }
 ALGORITHMS = tuple(_TRAINING)
@@ -73,7 +73,7 @@ class QuantizeCommand(Command):
         parser.add_argument("--calibration-samples", type=int, help="texts used of it (default: 128, mrem: 1024)")
         parser.add_argument("--seed", type=int, default=0, help="of sampled or generated token sequences (default: 0)")
         parser.add_argument("--steps", type=int, help="zsaq: steps; mrem: of each stage (default: 200; 120)")
-        parser.add_argument("--batch-size", type=int, help="zsaq, mrem: sequences a step (default: 32)")
+        parser.add_argument("--batch-size", type=int, help="zsaq, mrem: sequences a step (default: 16, decoders 8; 32)")
         parser.add_argument("--sequence-length", type=int, help="zsaq, mrem: tokens of the longest (default: 128; 32)")
         parser.add_argument("--learning-rate", type=float, help="zsaq, mrem: of the weights (default: 1e-4; 3e-4)")
         parser.add_argument("--rho", type=float, help="zsaq: radius of SAM, 0 for none (default: 0)")
@@ -82,6 +82,13 @@ class QuantizeCommand(Command):
         parser.add_argument("--start", help="zsaq, mrem: compensated or rounding (default: zsaq: compensated, mrem: auto)")
         parser.add_argument(
             "--state", metavar="FILE", help="zsaq, mrem: keep the training here; the same command goes on from it"
+        )
+        parser.add_argument(
+            "--no-guard",
+            dest="guard",
+            action="store_false",
+            default=None,
+            help="zsaq: keep what training ends with, even where it is worse than rounding",
         )
         parser.add_argument("--stages", type=int, help="mrem: into how many the model is cut (default: 4)")
         parser.add_argument("--parallel", action="store_true", default=None, help="mrem: train all stages at once")
@@ -179,7 +186,7 @@ def _quantization_config(args: Namespace) -> Any:
 def _check_training(algorithm: str, given: Iterable[str]) -> None:
     foreign = [name for name in given if name not in _TRAINING[algorithm]]
     if foreign:
-        options = ", ".join(f"--{name.replace('_', '-')}" for name in foreign)
+        options = ", ".join("--no-guard" if name == "guard" else f"--{name.replace('_', '-')}" for name in foreign)
         able = [name for name, known in _TRAINING.items() if set(foreign) <= set(known)] or ["zsaq"]
         does = "does none" if algorithm == "prequant" else "has no such option"
         raise ValueError(
@@ -234,8 +241,8 @@ def _save_tokenizer(model: str, folder: Path) -> bool:
 
 
 def _result(args: Namespace, model: Any, has_tokenizer: bool, seconds: float) -> dict[str, Any]:
+    from ..integrations.closing import won_lines
     from ..integrations.reconstruct import won_lines as reconstructed_lines
-    from ..integrations.zero_shot import won_lines
     from ..size import measure_size
     from ..surgery import low_bit_layers
 

@@ -3,6 +3,9 @@
 import hashlib
 import inspect
 import json
+import re
+import unicodedata
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,6 +31,10 @@ OWN_DISTRIBUTION = {  # of `generate`, whatever a model's generation_config says
     "no_repeat_ngram_size": 0,
     "min_length": 0,
 }
+_OWN_SCRIPT = 0.05  # share of the vocabulary
+_ALPHABET = 0.2  # share of the vocabulary
+_MARKS = ".,:;!?'\"-()"
+_BRACKETS = re.compile(r"[\[<].*[\]>]")
 _READERS = {
     ".txt": "text",
     ".csv": "csv",
@@ -132,16 +139,18 @@ def text_batches(
     samples = read_texts(data, limit)
     for start in range(0, len(samples), size):
         part = samples[start : start + size]
-        pairs = [sample.get("text_pair", "") for sample in part] if any("text_pair" in s for s in part) else None
-        batch = tokenizer(
-            [sample["text"] for sample in part],
-            pairs,
-            padding=True,
-            truncation=True,
-            max_length=fitting_length(model, length),
-            return_tensors="pt",
-        )
-        yield complete_batch(model, dict(batch))
+        for paired in (False, True):  # a text without a partner must not get the separator of one
+            same = [sample for sample in part if ("text_pair" in sample) is paired]
+            if same:
+                batch = tokenizer(
+                    [sample["text"] for sample in same],
+                    [sample["text_pair"] for sample in same] if paired else None,
+                    padding=True,
+                    truncation=True,
+                    max_length=fitting_length(model, length),
+                    return_tensors="pt",
+                )
+                yield complete_batch(model, dict(batch))
 
 
 def fitting_length(model: PreTrainedModel, length: int) -> int:
@@ -203,6 +212,35 @@ def plain_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | No
         names = ("pad_token_id", "bos_token_id", "eos_token_id")
         special = {token for name in names for token in _token_ids(model, name)}
     return torch.tensor([token for token in range(size) if token not in special])
+
+
+def rare_tokens(tokenizer: PreTrainedTokenizerBase, size: int) -> Tensor:
+    """Tokens that text hardly holds, although they stand before its words in many vocabularies.
+
+    These are letters of a script that less than a twentieth of the vocabulary is written in, bytes that are no letter on
+    their own, names in brackets, such as [unused7], and, where words are longer, the alphabet that others are spelt with.
+
+    Shapes: -> (size,) bool.
+    """
+    texts = [text.removeprefix("##").strip() for text in tokenizer.batch_decode([[i] for i in range(len(tokenizer))])]
+    scripts = [_script(text) for text in texts]
+    counts = Counter(scripts)
+    rare = [counts[script] < _OWN_SCRIPT * len(texts) for script in scripts]
+    rare = [strange or bool(_BRACKETS.fullmatch(text)) for strange, text in zip(rare, texts, strict=True)]
+    rare = [r and script != "" for r, script in zip(rare, scripts, strict=True)]
+    if sum(len(text) == 1 for text in texts) < _ALPHABET * len(texts):  # else its words are single characters
+        rare = [r or (len(text) == 1 and text not in _MARKS) for r, text in zip(rare, texts, strict=True)]
+    return torch.tensor([*rare[:size], *[True] * (size - len(rare))])
+
+
+def _script(text: str) -> str:
+    """The script of the first letter, such as "LATIN"; "" for ASCII without letters, "other" for what is none."""
+    if _BRACKETS.fullmatch(text) or "\ufffd" in text:
+        return "other"
+    letter = next((char for char in text if char.isalpha()), None)
+    if letter is None:
+        return "" if text.isascii() else "other"
+    return unicodedata.name(letter, "other").split()[0]
 
 
 def _token_ids(model: PreTrainedModel, name: str) -> list[int]:

@@ -1,6 +1,7 @@
 """Which inputs a transformers' model may meet, read off its tokenizer and its config."""
 
 import inspect
+from collections.abc import Sequence
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -24,6 +25,7 @@ _BETWEEN = {
     "unrelated": 0.05,
 }
 _WITHIN = {"none": 0.7, "repeat": 0.2, "keys": 0.05, "list": 0.05}
+_FAR = 4  # times shorter, or longer, is another kind of text
 _PROBE = "a"  # a text of which the tokenizer makes a template
 
 
@@ -98,3 +100,43 @@ def _types(
 def _reads_types(model: PreTrainedModel) -> bool:
     read = "token_type_ids" in inspect.signature(type(model).forward).parameters
     return read and getattr(model.config, "type_vocab_size", 0) > 1
+
+
+def missing_forms(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Sequence[int]],
+    longest: int,
+    used_on: Sequence[Sequence[int]] | None = None,
+) -> list[str]:
+    """What inputs a model may meet that those it is trained on do not show, in words; [] if none.
+
+    Args:
+        model (`PreTrainedModel`): that is trained.
+        tokenizer (`PreTrainedTokenizerBase`): its own.
+        rows (`Sequence[Sequence[int]]`): token ids of some inputs, at least one, with or without padding.
+        longest (`int`): tokens that an input is cut to.
+        used_on (`Sequence[Sequence[int]]`, *optional*): inputs that it will be used on; None: whatever it may read.
+    """
+    mixture = input_mixture(model, tokenizer, longest_sequence(model))
+    rows, known = (
+        [[token for token in row if token != tokenizer.pad_token_id] for row in r] for r in (rows, used_on or [])
+    )
+    found, pairs = [], len(mixture.forms) > 1
+    if pairs and used_on is not None:
+        pairs = any(_is_pair(row, mixture.forms[1]) for row in known)
+    if pairs and not any(_is_pair(row, mixture.forms[1]) for row in rows):
+        found.append("no pairs of texts, which the model's tokenizer can write")
+    lengths = sorted(map(len, rows))
+    usual = min(longest, max(map(len, known)) if known else mixture.longest)
+    if lengths[-1] * _FAR < usual:
+        found.append(f"nothing longer than {lengths[-1]} tokens, of {usual} that the model may read")
+    shortest = min(map(len, known)) if known else SHORTEST
+    if lengths[0] > shortest * _FAR and not writes_text(model):
+        found.append(f"nothing shorter than {lengths[0]} tokens")
+    return found
+
+
+def _is_pair(row: Sequence[int], form: SequenceForm) -> bool:
+    inner, size = tuple(row[len(form.first) : len(row) - len(form.last)]), len(form.middle)
+    return any(inner[i : i + size] == form.middle for i in range(len(inner) - size + 1))

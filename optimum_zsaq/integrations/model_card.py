@@ -1,12 +1,16 @@
 """The README.md that is saved with a low-bit model: what it is, how it was made, how to load it."""
 
+from typing import Any
+
 from transformers import PreTrainedModel
 
 from ..kinds import kind_of
 from ..size import measure_size
 from ..surgery import low_bit_layers
+from .closing import won_lines
 
 
+_TOLD_APART = ("kept", "stopped")  # in sentences of their own
 MARK = "<!-- written by optimum-zsaq -->"
 
 _TEMPLATE = """---
@@ -99,18 +103,21 @@ def _recipe(model: PreTrainedModel) -> str:
     recipe = config.recipe or {}
     versions = ", ".join(f"{name} {version}" for name, version in recipe.get("versions", {}).items())
     data, training = recipe.get("calibration"), recipe.get("training")
-    told = {name: value for name, value in (data or {}).items() if not isinstance(value, dict)}
+    told = {name: value for name, value in (data or {}).items() if not isinstance(value, dict) and name not in _TOLD_APART}
     lines = [
         f"- from `{recipe.get('base_model') or 'a model in memory'}`",
         f"- algorithm: {config.algorithm}, ranges: {recipe.get('ranges')}",
         f"- data: {', '.join(f'{k} {v}' for k, v in told.items()) or 'none'}",
         *([f"- trained: {', '.join(f'{k} {v}' for k, v in training.items())}"] if training else []),
-        *(f"- {stage}: {_figures(found)}" for stage, found in (data or {}).get("won", {}).items()),
+        *(f"- {line}" for line in _won(data or {})),
         f"- versions: {versions}",
     ]
     return "\n".join(lines)
 
 
-def _figures(found: dict[str, float]) -> str:
-    """What a stage of training was measured to be, on generated inputs."""
-    return ", ".join(f"{name} {value:.4f}" for name, value in found.items())
+def _won(data: dict[str, Any]) -> list[str]:
+    """What training was measured to win."""
+    if "kept" in data:
+        return won_lines(data)
+    stages = data.get("won", {}).items()
+    return [f"{stage}: {', '.join(f'{name} {value:.4f}' for name, value in found.items())}" for stage, found in stages]

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from ..algorithms.minimax import Minimax
 from ..algorithms.probes import Guard
-from .zero_shot import find_start, sized, start_run
+from .zero_shot import CHECKED, find_start, sized, start_run
 from .zsaq import ZSAQConfig
 
 
@@ -40,6 +40,7 @@ def plan_training(model: PreTrainedModel, config: ZSAQConfig) -> dict[str, Any]:
     run.step()
     run.update()
     seconds["training"] = config.steps * _timed(lambda: (run.step(), run.update()), _STEPS) / _STEPS
+    seconds["training"] += CHECKED * _timed(lambda: guard.measure("trial"), 1)
     return {
         "generator": type(run.generator.source).__name__,
         "sequences": config.written_sequences if writes else 0,

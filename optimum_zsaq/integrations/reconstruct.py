@@ -1,6 +1,7 @@
 """Module-wise reconstruction of transformers' models (MREM): what `from_pretrained` puts together."""
 
 import copy
+import logging
 import os
 import sys
 import time
@@ -24,6 +25,7 @@ from ..algorithms.sequential import SequentialReconstruction
 from ..algorithms.stages import Stage
 from ..surgery import blocks, low_bit_layers, prepare
 from .data import Batch, describe_data, find_tokenizer, fitting_length, read_texts, text_batches, uncached_batch
+from .forms import missing_forms
 from .mrem import ZERO_SHOT, MREMConfig
 from .state import PipelineState, TrainingState
 from .zero_shot import (
@@ -34,6 +36,8 @@ from .zero_shot import (
 )
 from .zsaq import ZSAQConfig
 
+
+logger = logging.getLogger(__name__)
 
 Reconstruction = SequentialReconstruction | ParallelReconstruction
 
@@ -189,6 +193,7 @@ def calibration_batches(model: PreTrainedModel, config: MREMConfig) -> tuple[lis
     _check_length(model, samples[0])
     length = config.sequence_length or _LENGTH
     batches = [uncached_batch(model, batch) for batch in text_batches(model, samples, count, config.batch_size, length)]
+    _warn_of_missing(model, batches, length)
     return batches, describe_data(data, count)
 
 
@@ -198,6 +203,16 @@ def _generated(model: PreTrainedModel, config: MREMConfig) -> list[Batch]:
     generator = make_generator(model, asked)
     sizes = [min(size, count - start) for start in range(0, count, size)]
     return [uncached_batch(model, generator.sample(n)) for n in sizes]
+
+
+def _warn_of_missing(model: PreTrainedModel, batches: list[Batch], length: int) -> None:
+    rows = [row for batch in batches for row in batch["input_ids"].tolist()]
+    missing = missing_forms(model, find_tokenizer(model), rows, length)
+    if missing:
+        logger.warning(
+            "calibration_data holds %s: there the model is not trained, and may get worse than by rounding",
+            " and ".join(missing),
+        )
 
 
 def _check_length(model: PreTrainedModel, shortest: dict[str, str]) -> None:

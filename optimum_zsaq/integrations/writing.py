@@ -83,7 +83,8 @@ def answer_inputs(
     for i, length in enumerate(lengths):
         ids = source.draw(-(-count // len(lengths)), length - form.special, random)["input_ids"]
         answers = [
-            _answers(teacher, form.finish(part)["input_ids"], form.longest, seed + i, watch) for part in ids.split(_WRITTEN_TOGETHER)
+            _answers(teacher, form.finish(part)["input_ids"], form.longest, seed + i, watch)
+            for part in ids.split(_WRITTEN_TOGETHER)
         ]
         padding = teacher.generation_config.pad_token_id or 0
         width = max(answer.shape[1] for answer in answers)

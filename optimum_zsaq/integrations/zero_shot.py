@@ -16,9 +16,10 @@ from ..algorithms.compensation import compensate
 from ..algorithms.forms import InputMixture
 from ..algorithms.generators import Generator, PriorSource, Source, token_prior
 from ..algorithms.minimax import Minimax, MinimaxSettings
-from ..algorithms.probes import ROUNDED, Guard, hold_out, make_probes
+from ..algorithms.probes import Guard, hold_out, make_probes
 from ..surgery import pack, prepare
-from .data import special_tokens, uncached_batch
+from .closing import ROUNDED, TRAINED
+from .data import rare_tokens, special_tokens, uncached_batch
 from .forms import input_mixture, longest_sequence
 from .recipe import calibrate_on_load
 from .state import TrainingState
@@ -26,10 +27,9 @@ from .writing import answer_inputs, tokenizer_or_none, write_continuations, writ
 from .zsaq import ZSAQConfig
 
 
-TRAINED = "trained"
 _START_BATCH = 64  # sequences run together when errors are compensated
 _SAVED_EVERY = 25  # steps
-_CHECKED = 2  # times that the student is measured while it trains, the end included
+CHECKED = 2  # times that the student is measured while it trains, the end included
 _PROBE_SEED = 2**20  # added to the seed of training
 
 
@@ -48,7 +48,8 @@ def make_generator(teacher: PreTrainedModel, config: ZSAQConfig) -> Generator:
     tokenizer = tokenizer_or_none(teacher)
     forms = input_mixture(teacher, tokenizer, longest_sequence(teacher, config.sequence_length))
     table = teacher.get_input_embeddings().weight
-    prior = token_prior(table, special_tokens(teacher, tokenizer)[2])
+    rare = None if tokenizer is None else rare_tokens(tokenizer, len(table))
+    prior = token_prior(table, special_tokens(teacher, tokenizer)[2], rare=rare)
     with _progress(config.written_sequences, "Writing sequences", "sequence") as watch:
         source = _source(teacher, config, forms, prior, watch)
     return Generator(source, table, prior, forms, seed=config.seed)
@@ -138,7 +139,7 @@ def _train(run: Minimax, guard: Guard, config: ZSAQConfig, state: TrainingState)
     Raises:
         FloatingPointError: see `Minimax.step`, where no guard has another state.
     """
-    checks = {round(config.steps * (i + 1) / _CHECKED) for i in range(_CHECKED - 1)} if config.guard else set()
+    checks = {round(config.steps * (i + 1) / CHECKED) for i in range(CHECKED - 1)} if config.guard else set()
     with tqdm(total=config.steps, initial=run.done, desc="Training without data", unit="step", leave=False) as bar:
         while run.done < config.steps:
             try:
@@ -202,34 +203,6 @@ def _in_percent(watch: Callable[[int], Any]) -> Callable[[str, float], None]:
         seen = int(100 * share)
 
     return report
-
-
-def won_lines(data: dict[str, Any]) -> list[str]:
-    """What a finished run tells its user, from what `train_on_load` returned: a line a form, then what was kept and why."""
-    stages, kept = list(data["won"]), data["kept"]
-    lines = []
-    for name, rounded in data["won"][ROUNDED].items():
-        found = [data["won"][stage][name] for stage in stages]
-        key = "output" if "output" in rounded else "discrepancy"
-        told = ", ".join(f"{f[key]:.4f} {stage}" for f, stage in zip(found, stages, strict=True))
-        mark = "" if name not in data["worse"].get(kept, ()) else "; worse than rounding"
-        equal = ""
-        if "agreement" in rounded:
-            equal = f"; answers equal {100 * rounded['agreement']:.1f} -> {100 * data['won'][kept][name]['agreement']:.1f} %"
-        lines.append(f"{name}: distance from the float model {told}{equal}{mark}")
-    return [*lines, _kept_line(data), f"{data['count']:,} generated sequences, {data['seconds']} s; all on inputs not trained on"]
-
-
-def _kept_line(data: dict[str, Any]) -> str:
-    """Which state is returned, and what was wrong with the last one."""
-    kept = data["kept"]
-    why = [f"training stopped: {data['stopped']}"] if "stopped" in data else []
-    why += [f"{stage} is worse than rounding on {', '.join(names)}" for stage, names in data["worse"].items() if names]
-    if kept == TRAINED:
-        return "kept: the trained model"
-    if kept == ROUNDED:
-        return f"kept: rounding, as PreQuantConfig gives it, because {'; '.join(why) or 'nothing was nearer to the float model'}"
-    return f"kept: the state {kept!r}, because {'; '.join(why) or 'what came after was not nearer to the float model'}"
 
 
 @contextmanager

@@ -1,5 +1,7 @@
 """What Trainers of fake-quantized models share: the checks of a model, and its optimizer."""
 
+import logging
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,8 +11,15 @@ from transformers import PreTrainedModel, Trainer
 
 from ..algorithms.minimax import keep_signs
 from ..algorithms.step_sizes import has_adapter
+from ..integrations.data import find_tokenizer
+from ..integrations.forms import missing_forms
 from ..layers import PackedEmbedding, PackedLinear
 from ..surgery import low_bit_layers
+
+
+logger = logging.getLogger(__name__)
+
+_LOOKED_AT = 512  # samples
 
 
 def check_trainable(model: PreTrainedModel, what: str, adapters: bool = False) -> None:
@@ -73,3 +82,34 @@ def make_optimizer(
     optimizer = kind(groups, **options)
     keep_signs(optimizer, list(scales))
     return optimizer
+
+
+def warn_of_other_inputs(trainer: Trainer) -> None:
+    """Warn of inputs that a Trainer evaluates on and does not train on: pairs of texts, other lengths."""
+    rows = [_token_rows(data) for data in (trainer.train_dataset, trainer.eval_dataset)]
+    if not all(rows):
+        return
+    tokenizer = trainer.processing_class
+    if not hasattr(tokenizer, "pad_token_id"):
+        try:
+            tokenizer = find_tokenizer(trainer.model)
+        except ValueError:
+            return
+    missing = missing_forms(trainer.model, tokenizer, rows[0], sys.maxsize, rows[1])
+    if missing:
+        logger.warning(
+            "train_dataset holds %s; eval_dataset does, and there the model may get worse", " and ".join(missing)
+        )
+
+
+def _token_rows(data: Any) -> list[list[int]]:
+    """The first samples' token ids; none of data that has no length, or no ids."""
+    if not hasattr(data, "__len__") or not hasattr(data, "__getitem__") or isinstance(data, dict):
+        return []
+    found = []
+    for i in range(min(_LOOKED_AT, len(data))):
+        ids = data[i].get("input_ids") if hasattr(data[i], "get") else None
+        if ids is None:
+            return []
+        found.append(ids.tolist() if hasattr(ids, "tolist") else list(ids))
+    return found

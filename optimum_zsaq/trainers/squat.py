@@ -20,7 +20,7 @@ from ..algorithms.minimax import MinimaxSettings, discrepancy, keep_signs
 from ..algorithms.sharpness import SharpnessSettings
 from ..integrations.zero_shot import is_regression
 from ..surgery import low_bit_layers
-from .common import check_trainable, make_optimizer, not_followed
+from .common import check_trainable, make_optimizer, not_followed, warn_of_other_inputs
 from .packed_saving import PackedSaving
 
 
@@ -159,8 +159,12 @@ class _SharpnessAware(PackedSaving):
         return self.optimizer
 
     def train(self, *args: Any, **options: Any) -> Any:
-        """The Trainer's; without a checkpoint to resume from, no climb of a training before is reused."""
+        """The Trainer's; without a checkpoint to resume from, no climb of a training before is reused.
+
+        Warns of inputs that evaluation has and training has not: pairs, other lengths.
+        """
         self.alternation.restart()
+        warn_of_other_inputs(self)
         return super().train(*args, **options)
 
     # A step ----------------------------------------------------------------------------------------------------------
