@@ -5,7 +5,7 @@ import torch
 from tiny_models import make, make_tokenizer
 
 from optimum_zsaq import ZSAQConfig
-from optimum_zsaq.integrations.forms import input_mixture
+from optimum_zsaq.integrations.forms import input_mixture, missing_forms
 from optimum_zsaq.integrations.zero_shot import make_generator
 
 
@@ -83,3 +83,39 @@ def test_every_family_runs_on_every_form(name, tmp_path):
         kinds.add((int((batch["input_ids"] == 2).sum(dim=1)[0]), "attention_mask" in batch))
         assert torch.isfinite(model(**batch)[0]).all()
     assert len(kinds) >= 2
+
+
+class TestMissingForms:
+    """What calibration texts do not show."""
+
+    def missing(self, texts, used_on=None, name="bert-cls", longest=78):
+        tokenizer = make_tokenizer()
+
+        def rows(texts):
+            return [tokenizer(*(text if isinstance(text, tuple) else (text,)))["input_ids"] for text in texts]
+
+        return missing_forms(make(name), tokenizer, rows(texts), longest, used_on and rows(used_on))
+
+    short, long = "w7 w8 w9", " ".join(["w7"] * 70)
+
+    def test_pairs(self):
+        assert self.missing([self.short, self.long]) == ["no pairs of texts, which the model's tokenizer can write"]
+        assert self.missing([(self.short, self.short), self.long]) == []
+        assert self.missing([self.short, self.long], name="llama-tied") == []
+
+    def test_lengths(self):
+        pair = (self.short, self.short)
+        assert self.missing([pair]) == ["nothing longer than 9 tokens, of 78 that the model may read"]
+        assert self.missing([(self.long, self.short)]) == ["nothing shorter than 76 tokens"]
+
+    def test_against_what_it_will_be_used_on(self):
+        assert self.missing([self.short], used_on=[self.short]) == []
+        assert len(self.missing([self.short], used_on=[(self.short, self.short)])) == 1
+        assert self.missing([self.short], used_on=[self.long]) == [
+            "nothing longer than 5 tokens, of 72 that the model may read"
+        ]
+
+    def test_padding_is_no_length(self):
+        rows = [[1, 7, 2, 7, 2] + [0] * 70]
+        found = missing_forms(make("bert-cls"), make_tokenizer(), rows, 78)
+        assert found == ["nothing longer than 5 tokens, of 78 that the model may read"]
