@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .distance import sequence_discrepancies
 from .forms import Batch, InputMixture, SequenceForm
 from .generators import Generator, PriorSource, Source, WrittenSource
-from .minimax import Minimax, sequence_discrepancies
+from .minimax import Minimax
 
 
 ROUNDED = "rounded"

@@ -18,9 +18,8 @@ from .tasks import load_tokenizer
 
 
 Batch = dict[str, Tensor]
-_BATCH_SIZE = 16
+BATCH_SIZE = 16
 _MAX_LENGTH = 128
-_SAMPLED_LENGTH = 64
 OWN_DISTRIBUTION = {  # of `generate`, whatever a model's generation_config says
     "do_sample": True,
     "num_beams": 1,
@@ -131,8 +130,16 @@ def find_tokenizer(model: PreTrainedModel) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def tokenizer_or_none(model: PreTrainedModel) -> PreTrainedTokenizerBase | None:
+    """The tokenizer beside a model, with a padding token; None if there is none."""
+    try:
+        return find_tokenizer(model)
+    except ValueError:
+        return None
+
+
 def text_batches(
-    model: PreTrainedModel, data: Any, limit: int, size: int = _BATCH_SIZE, length: int = _MAX_LENGTH
+    model: PreTrainedModel, data: Any, limit: int, size: int = BATCH_SIZE, length: int = _MAX_LENGTH
 ) -> Iterator[Batch]:
     """Texts as batches of at most `size` sequences of at most `length` tokens, on the model's device."""
     tokenizer = find_tokenizer(model)
@@ -157,31 +164,6 @@ def fitting_length(model: PreTrainedModel, length: int) -> int:
     """A sequence length that the model has positions for; two are spared, because some count from the padding id on."""
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return length if positions is None else min(length, positions - 2)
-
-
-def sampled_batches(model: PreTrainedModel, count: int, seed: int) -> Iterator[Batch]:
-    """`count` sequences of at most 64 tokens drawn uniformly from the vocabulary: calibration without data.
-
-    Special tokens are kept out of the middle and stand at the ends, where the tokenizer or the config has some. A causal
-    language model writes the sequences itself, by sampling from its own distribution after one random token.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    try:
-        tokenizer = find_tokenizer(model)
-    except ValueError:
-        tokenizer = None
-    allowed = plain_tokens(model, tokenizer)
-    length, end = fitting_length(model, _SAMPLED_LENGTH), next(iter(_token_ids(model, "eos_token_id")), None)
-    for start in range(0, count, _BATCH_SIZE):
-        size = min(_BATCH_SIZE, count - start)
-        ids = allowed[torch.randint(len(allowed), (size, length), generator=generator)]
-        if model.can_generate() and not model.config.is_encoder_decoder:
-            ids = continue_sequences(model, ids[:, :1], length, seed + start)
-        elif tokenizer is not None:
-            ids = torch.tensor([_with_special_tokens(tokenizer, row) for row in ids.tolist()])
-        elif end is not None:
-            ids[:, -1] = end
-        yield complete_batch(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
 
 
 def special_tokens(
@@ -247,12 +229,6 @@ def _token_ids(model: PreTrainedModel, name: str) -> list[int]:
     """A config's token id, or ids: some models have several end tokens."""
     ids = getattr(model.config, name, None)
     return [] if ids is None else list(ids) if isinstance(ids, list | tuple) else [ids]
-
-
-def _with_special_tokens(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
-    first = [i for i in (tokenizer.cls_token_id, tokenizer.bos_token_id) if i is not None][:1]
-    last = [i for i in (tokenizer.sep_token_id, tokenizer.eos_token_id) if i is not None][:1]
-    return [*first, *ids[: len(ids) - len(first) - len(last)], *last]
 
 
 def continue_sequences(model: PreTrainedModel, ids: Tensor, length: int, seed: int) -> Tensor:

@@ -1,12 +1,25 @@
 """Which inputs a transformers' model may meet, read off its tokenizer and its config."""
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
+import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..algorithms.forms import InputMixture, SequenceForm
-from .data import fitting_length, special_tokens
+from ..algorithms.forms import Batch, InputMixture, SequenceForm
+from ..algorithms.generators import Generator, PriorSource, Source, token_prior
+from .data import (
+    BATCH_SIZE,
+    complete_batch,
+    continue_sequences,
+    fitting_length,
+    plain_tokens,
+    rare_tokens,
+    special_tokens,
+    tokenizer_or_none,
+)
 
 
 SHORTEST = 5  # tokens of the shortest sequence, special ones included
@@ -27,6 +40,8 @@ _BETWEEN = {
 _WITHIN = {"none": 0.7, "repeat": 0.2, "keys": 0.05, "list": 0.05}
 _FAR = 4  # times shorter, or longer, is another kind of text
 _PROBE = "a"  # a text of which the tokenizer makes a template
+_TOGETHER = 4  # of these sequences have one form and length
+_SAMPLED = 64  # tokens of a sequence that static ranges are measured on, at most
 
 
 def writes_text(model: PreTrainedModel) -> bool:
@@ -100,6 +115,41 @@ def _types(
 def _reads_types(model: PreTrainedModel) -> bool:
     read = "token_type_ids" in inspect.signature(type(model).forward).parameters
     return read and getattr(model.config, "type_vocab_size", 0) > 1
+
+
+def vocabulary_prior(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> Tensor:
+    """How likely each token of a model's vocabulary is, see `token_prior`. Shapes: -> (V,) float32."""
+    table = model.get_input_embeddings().weight
+    rare = None if tokenizer is None else rare_tokens(tokenizer, len(table))
+    return token_prior(table, special_tokens(model, tokenizer)[2], rare=rare)
+
+
+def sampled_batches(model: PreTrainedModel, count: int, seed: int) -> Iterator[Batch]:
+    """`count` sequences of at most 64 tokens: what static input ranges are measured on where there is no data.
+
+    A causal language model writes them itself, sampled from its own distribution after one random token; other models get
+    tokens from a prior over their vocabulary, in every form that they may read.
+    """
+    tokenizer, length = tokenizer_or_none(model), fitting_length(model, _SAMPLED)
+    together = BATCH_SIZE if writes_text(model) else _TOGETHER
+    sizes = [min(together, count - start) for start in range(0, count, together)]
+    if writes_text(model):
+        allowed, random = plain_tokens(model, tokenizer), torch.Generator().manual_seed(seed)
+        for i, size in enumerate(sizes):
+            first = allowed[torch.randint(len(allowed), (size, 1), generator=random)]
+            ids = continue_sequences(model, first, length, seed + i * BATCH_SIZE)
+            yield complete_batch(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+        return
+    prior = vocabulary_prior(model, tokenizer)
+    forms = replace(input_mixture(model, tokenizer, length), padded=0.0)  # what stands on padding is nobody's input
+    generator = make_inputs(model, PriorSource(prior), prior, forms, seed)
+    for size in sizes:
+        yield complete_batch(model, generator.sample(size))
+
+
+def make_inputs(model: PreTrainedModel, source: Source, prior: Tensor, forms: InputMixture, seed: int) -> Generator:
+    """A generator of a model's vocabulary."""
+    return Generator(source, model.get_input_embeddings().weight, prior, forms, seed=seed)
 
 
 def missing_forms(

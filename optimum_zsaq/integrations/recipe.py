@@ -13,7 +13,8 @@ from .. import __version__
 from ..algorithms.calibration import calibrate, float_inputs
 from ..surgery import low_bit_layers
 from .configs import LowBitConfig
-from .data import describe_data, sampled_batches, text_batches
+from .data import describe_data, text_batches
+from .forms import sampled_batches
 
 
 def calibrate_on_load(model: PreTrainedModel, config: LowBitConfig) -> dict[str, Any] | None:

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from ..algorithms.forms import SequenceForm
 from ..algorithms.generators import PriorSource, Source, WrittenSource
-from .data import OWN_DISTRIBUTION, continue_sequences, find_tokenizer, plain_tokens
+from .data import OWN_DISTRIBUTION, continue_sequences, plain_tokens
 from .tasks import load_tokenizer
 
 
@@ -201,11 +201,3 @@ def describe_generator(generator: Any) -> str:
     path = Path(str(generator))
     hub_id = not path.is_dir() and re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", str(generator))
     return str(generator) if hub_id else path.resolve().name
-
-
-def tokenizer_or_none(model: PreTrainedModel) -> PreTrainedTokenizerBase | None:
-    """The tokenizer beside a model, with a padding token; None if there is none."""
-    try:
-        return find_tokenizer(model)
-    except ValueError:
-        return None

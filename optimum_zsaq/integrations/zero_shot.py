@@ -14,16 +14,16 @@ from transformers.utils.logging import tqdm
 
 from ..algorithms.compensation import compensate
 from ..algorithms.forms import InputMixture
-from ..algorithms.generators import Generator, PriorSource, Source, token_prior
+from ..algorithms.generators import Generator, PriorSource, Source
 from ..algorithms.minimax import Minimax, MinimaxSettings
 from ..algorithms.probes import Guard, hold_out, make_probes
 from ..surgery import pack, prepare
 from .closing import ROUNDED, TRAINED
-from .data import rare_tokens, special_tokens, uncached_batch
-from .forms import input_mixture, longest_sequence
+from .data import tokenizer_or_none, uncached_batch
+from .forms import input_mixture, longest_sequence, make_inputs, vocabulary_prior
 from .recipe import calibrate_on_load
 from .state import TrainingState
-from .writing import answer_inputs, tokenizer_or_none, write_continuations, write_texts
+from .writing import answer_inputs, write_continuations, write_texts
 from .zsaq import ZSAQConfig
 
 
@@ -47,12 +47,10 @@ def make_generator(teacher: PreTrainedModel, config: ZSAQConfig) -> Generator:
     config = sized(config, teacher)
     tokenizer = tokenizer_or_none(teacher)
     forms = input_mixture(teacher, tokenizer, longest_sequence(teacher, config.sequence_length))
-    table = teacher.get_input_embeddings().weight
-    rare = None if tokenizer is None else rare_tokens(tokenizer, len(table))
-    prior = token_prior(table, special_tokens(teacher, tokenizer)[2], rare=rare)
+    prior = vocabulary_prior(teacher, tokenizer)
     with _progress(config.written_sequences, "Writing sequences", "sequence") as watch:
         source = _source(teacher, config, forms, prior, watch)
-    return Generator(source, table, prior, forms, seed=config.seed)
+    return make_inputs(teacher, source, prior, forms, config.seed)
 
 
 def _source(

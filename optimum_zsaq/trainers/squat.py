@@ -16,7 +16,8 @@ from transformers import PreTrainedModel, Seq2SeqTrainer, Seq2SeqTrainingArgumen
 from transformers.distributed.fsdp import is_fsdp_managed_module
 
 from ..algorithms.alternation import Alternation, AlternationSettings
-from ..algorithms.minimax import MinimaxSettings, discrepancy, keep_signs
+from ..algorithms.distance import discrepancy
+from ..algorithms.minimax import MinimaxSettings, keep_signs
 from ..algorithms.sharpness import SharpnessSettings
 from ..integrations.zero_shot import is_regression
 from ..surgery import low_bit_layers
@@ -154,15 +155,11 @@ class _SharpnessAware(PackedSaving):
         """
         if self.optimizer is None:
             run = self.alternation
-            rate = self.args.scale_learning_rate
-            self.optimizer = make_optimizer(self, run.weights, run.step_sizes.parameters, rate)
+            self.optimizer = make_optimizer(self, run.weights, run.step_sizes.parameters, self.args.scale_learning_rate)
         return self.optimizer
 
     def train(self, *args: Any, **options: Any) -> Any:
-        """The Trainer's; without a checkpoint to resume from, no climb of a training before is reused.
-
-        Warns of inputs that evaluation has and training has not: pairs, other lengths.
-        """
+        """The Trainer's; no climb of a training before is reused. Warns of inputs that only evaluation has."""
         self.alternation.restart()
         warn_of_other_inputs(self)
         return super().train(*args, **options)

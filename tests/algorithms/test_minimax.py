@@ -8,9 +8,10 @@ from tiny_models import VOCABULARY, make
 from torch import nn
 
 from optimum_zsaq import PreQuantConfig, calibrate, pack, prepare
+from optimum_zsaq.algorithms.distance import discrepancy
 from optimum_zsaq.algorithms.forms import SequenceForm
 from optimum_zsaq.algorithms.generators import Generator, PriorSource, token_prior
-from optimum_zsaq.algorithms.minimax import Execution, Minimax, MinimaxSettings, discrepancy, keep_signs, warm_cosine
+from optimum_zsaq.algorithms.minimax import Execution, Minimax, MinimaxSettings, keep_signs, warm_cosine
 from optimum_zsaq.algorithms.sharpness import SharpnessSettings
 from optimum_zsaq.surgery import low_bit_layers
 

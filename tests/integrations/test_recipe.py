@@ -65,7 +65,7 @@ def test_minmax_ranges_calibrate_with_minmax(tmp_path):
     """Static ranges of a min-max model hold all inputs that were seen."""
     found = {}
     for ranges in ("minmax", "mse"):
-        model = quantized("bert-cls", tmp_path, ranges=ranges, activations="static", calibration_samples=4)
+        model = quantized("bert-cls", tmp_path, ranges=ranges, activations="static", calibration_samples=64)
         layer = model.bert.encoder.layer[0].intermediate.dense
         found[ranges] = layer.input_scale.item()
     assert found["minmax"] >= found["mse"]

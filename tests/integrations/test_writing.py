@@ -9,11 +9,11 @@ from torch import Tensor
 
 from optimum_zsaq.algorithms.forms import SequenceForm
 from optimum_zsaq.algorithms.generators import WrittenSource
+from optimum_zsaq.integrations.data import tokenizer_or_none
 from optimum_zsaq.integrations.writing import (
     answer_inputs,
     describe_generator,
     load_generator,
-    tokenizer_or_none,
     write_continuations,
     write_texts,
 )

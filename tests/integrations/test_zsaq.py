@@ -9,8 +9,8 @@ from tiny_models import logits, make, make_tokenizer
 from optimum_zsaq import LowBitConfig, PreQuantConfig, ZSAQConfig
 from optimum_zsaq.algorithms.generators import PriorSource
 from optimum_zsaq.algorithms.minimax import Minimax
-from optimum_zsaq.integrations.configs import ALGORITHMS
 from optimum_zsaq.integrations.closing import won_lines
+from optimum_zsaq.integrations.configs import ALGORITHMS
 from optimum_zsaq.integrations.zero_shot import make_generator
 from optimum_zsaq.layers import FakeQuantLinear, PackedLinear
 from optimum_zsaq.surgery import low_bit_layers
