@@ -1,10 +1,10 @@
 """Whether training without data (`ZSAQConfig` as it comes) holds on inputs of every form, on six tasks of one model.
 
-Tasks: see `forms_tasks.py`; KL, agreement and accuracy are those of dev inputs, the KL to the float model without labels.
-Methods: "rounding" (the better of mse and lsq where both exist, as ZSAQ starts), "zsaq", and sources and rates that the guard must
-survive: "one-token" (a source that writes one token again and again), "single" (no pairs are written), "rate" (ten times the
-learning rate). Of each trained model, what its closing lines claim of every form is kept too. Tuned on seed 0 of
-"part" and "same" at w2a8e4-row and w3a8e4-tensor; DATA as for the study `squat`.
+Tasks: see `forms_tasks.py`. KL, agreement and accuracy are those of dev inputs, the KL to the float model needs no labels.
+Methods: "rounding" (with the ranges that ZSAQ starts from), "zsaq", and what the guard must survive: "one-token" (a source
+that writes one token again and again), "single" (no pairs are written), "rate" (ten times the learning rate). What the
+closing lines claim of every form is kept too. Tuned on "part", "same" and "sst2", seed 0, at w2a8e4-row and w3a8e4-tensor.
+DATA as for the study `squat`.
 """
 
 import time

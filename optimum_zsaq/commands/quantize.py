@@ -79,7 +79,7 @@ class QuantizeCommand(Command):
         parser.add_argument("--rho", type=float, help="zsaq: radius of SAM, 0 for none (default: 0)")
         parser.add_argument("--generator", help="zsaq: noise, teacher, or a causal language model (default: auto)")
         parser.add_argument("--generator-every", type=int, help="zsaq: steps for one ascent, 0 for none (default: 0)")
-        parser.add_argument("--start", help="zsaq, mrem: compensated or rounding (default: zsaq: compensated, mrem: auto)")
+        parser.add_argument("--start", help="zsaq, mrem: auto, compensated or rounding (default: auto)")
         parser.add_argument(
             "--state", metavar="FILE", help="zsaq, mrem: keep the training here; the same command goes on from it"
         )

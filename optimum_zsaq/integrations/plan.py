@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from ..algorithms.minimax import Minimax
 from ..algorithms.probes import Guard
-from .zero_shot import CHECKED, find_start, sized, start_run
+from .zero_shot import CHECKED, chosen_start, find_start, sized, start_run
 from .zsaq import ZSAQConfig
 
 
@@ -44,7 +44,7 @@ def plan_training(model: PreTrainedModel, config: ZSAQConfig) -> dict[str, Any]:
     return {
         "generator": type(run.generator.source).__name__,
         "sequences": config.written_sequences if writes else 0,
-        "start": config.start,
+        "start": chosen_start(run, config),
         "steps": config.steps,
         "seconds": {**seconds, "all": sum(seconds.values())},
         "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024),
@@ -58,7 +58,7 @@ def _starting(run: Minimax, guard: Guard, config: ZSAQConfig) -> float:
         trial = copy.copy(config)
         trial.start_sequences = min(_TRIAL, config.start_sequences) * batches
         found.append(_timed(lambda trial=trial: find_start(run, guard, trial), 1))
-    each = max(0.0, found[1] - found[0]) if config.start == "compensated" else 0.0
+    each = max(0.0, found[1] - found[0]) if chosen_start(run, config) == "compensated" else 0.0
     return found[0] + each * max(0.0, config.start_sequences / _TRIAL - 1.0)
 
 

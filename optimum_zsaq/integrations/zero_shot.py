@@ -14,7 +14,7 @@ from transformers.utils.logging import tqdm
 
 from ..algorithms.compensation import compensate
 from ..algorithms.forms import InputMixture
-from ..algorithms.generators import Generator, PriorSource, Source
+from ..algorithms.generators import Generator, PriorSource, Source, WrittenSource
 from ..algorithms.minimax import Minimax, MinimaxSettings
 from ..algorithms.probes import Guard, hold_out, make_probes
 from ..surgery import pack, prepare
@@ -23,7 +23,7 @@ from .data import tokenizer_or_none, uncached_batch
 from .forms import input_mixture, longest_sequence, make_inputs, vocabulary_prior
 from .recipe import calibrate_on_load
 from .state import TrainingState
-from .writing import answer_inputs, write_continuations, write_texts
+from .writing import AnsweredSource, answer_inputs, write_continuations, write_texts
 from .zsaq import ZSAQConfig
 
 
@@ -184,12 +184,20 @@ def start_run(model: PreTrainedModel, config: ZSAQConfig) -> tuple[Minimax, Guar
 def find_start(run: Minimax, guard: Guard, config: ZSAQConfig) -> None:
     """Measure a rounded student, and compensate its errors, in place, if the config says so; with a progress bar."""
     guard.measure(ROUNDED)
-    if config.start == "compensated":
+    if chosen_start(run, config) == "compensated":
         size = min(_START_BATCH, config.start_sequences)
         batches = [run.complete(run.generator.sample(size)) for _ in range(-(-config.start_sequences // size))]
         with _progress(100, "Compensating errors", "%") as watch:
             compensate(run.teacher, run.student, batches, watch=_in_percent(watch))
         guard.measure("compensated")
+
+
+def chosen_start(run: Minimax, config: ZSAQConfig) -> str:
+    """What `start="auto"` means here: compensation fits to what it sees, so it needs sequences that were written."""
+    if config.start != "auto":
+        return config.start
+    written = isinstance(run.generator.source, WrittenSource | AnsweredSource) and config.ranges != "ternary"
+    return "compensated" if written else "rounding"
 
 
 def _in_percent(watch: Callable[[int], Any]) -> Callable[[str, float], None]:

@@ -233,9 +233,12 @@ def test_training_ends_with_what_was_won(monkeypatch, capsys, bert, tmp_path):
     options = ["--algorithm", "zsaq", "--weight-bits", 2, "--steps", 3, "--batch-size", 2]
     assert cli(monkeypatch, "quantize", "--model", bert, "--output", tmp_path / "out", *options) == 0
     lines = capsys.readouterr().out.strip().splitlines()
-    assert lines[-4].startswith("saved to ")
-    assert re.match(r"distance from the float model: .* rounded, .* compensated, .* trained \(-?\d+ % removed\)", lines[-3])
-    assert lines[-2].startswith("answers like the float model's: ")
+    saved = next(i for i, line in enumerate(lines) if line.startswith("saved to "))
+    told = (
+        r"single text: distance from the float model \d\.\d{4} rounded, \d\.\d{4} now; equal answers [\d.]+ %, now [\d.]+ %"
+    )
+    assert re.match(told, lines[saved + 1])
+    assert lines[-2].startswith("kept: ")
     assert lines[-1].startswith("6 generated sequences, ")
 
 
