@@ -57,8 +57,8 @@ class ZSAQConfig(LowBitConfig):
             65,536 tokens.
         ranges (`str`): as in `LowBitConfig`, or "auto", see `surgery.range_method`.
         start (`str`): "compensated": the codes from which training starts make up for each other's errors, see
-            `algorithms/compensation.py`; "rounding": each weight is rounded on its own; "auto": compensated where a language
-            model writes the inputs, rounding where they are drawn from a prior, to which compensation is fitted too closely.
+            `algorithms/compensation.py`; "rounding": each weight is rounded on its own; "auto": compensated where a model
+            wrote the inputs, rounding where they are drawn from a prior, to which compensation is fitted too closely.
         start_sequences (`int`, *optional*): generated sequences that "compensated" looks at; None: 16,384 tokens.
         rho (`float`), adaptive (`bool`), perturb (`str`): SAM, see `SharpnessSettings`; rho=0.0 is AdamW.
         sharp_from (`float`): share of the steps that are made before SAM begins.
