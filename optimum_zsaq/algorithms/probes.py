@@ -106,7 +106,7 @@ def make_probes(generator: Generator, source: Source, seed: int) -> list[Probe]:
     """
     found = []
     prior = generator.prior
-    answers = "decoder_input_ids" in source.draw(1, generator.forms.forms[0].shortest, torch.Generator().manual_seed(0))
+    answers = "decoder_input_ids" in source.draw(1, 1, torch.Generator().manual_seed(0))
     others = {"reversed text": ReversedSource(source)} if not answers else {}
     others |= {
         "a flatter prior": PriorSource(prior**_FLATTER),
@@ -129,7 +129,7 @@ def make_probes(generator: Generator, source: Source, seed: int) -> list[Probe]:
 
 def _batches(generator: Generator, source: Source, mixture: InputMixture, form: SequenceForm, seed: int) -> Iterator[Batch]:
     for i, length in enumerate(_LENGTHS):
-        size = min(max(length, form.shortest), form.longest)
+        size = max(form.special + form.segments, min(length, form.longest))
         one = replace(mixture, forms=(replace(form, shortest=size, longest=size),), shares=(1.0,), padded=0.0)
         yield generator.another(source, one, seed + i).sample(_EACH)
 

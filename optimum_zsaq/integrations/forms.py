@@ -23,7 +23,7 @@ from .data import (
 
 
 SHORTEST = 5  # tokens of the shortest sequence, special ones included
-_LONGEST = 128  # tokens of a sequence
+_LONGEST, _LONGEST_ANSWERED = 128, 32  # tokens of a sequence, and of one that an encoder-decoder model answers
 # Our choices from here on, measured in docs/methods/zsaq_forms.md.
 _PAIRS = 0.7  # share of the batches that are pairs, where a model reads pairs
 _PADDED = 0.15  # share of the batches with sequences of different lengths
@@ -50,8 +50,25 @@ def writes_text(model: PreTrainedModel) -> bool:
 
 
 def longest_sequence(model: PreTrainedModel, wanted: int | None = None) -> int:
-    """Tokens of the longest sequence that a model is trained on."""
-    return wanted or fitting_length(model, _LONGEST)
+    """Tokens of the longest sequence that a model is trained on.
+
+    Args:
+        model (`PreTrainedModel`): that is trained.
+        wanted (`int`, *optional*): what a user asks for.
+
+    Raises:
+        ValueError: the model has no positions for what is wanted.
+    """
+    answers = model.config.is_encoder_decoder
+    if wanted is None:
+        return fitting_length(model, _LONGEST_ANSWERED if answers and model.can_generate() else _LONGEST)
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and wanted > positions - 2 * answers:
+        raise ValueError(
+            f"sequence_length={wanted!r} is longer than {type(model).__name__} has positions for; "
+            f"use at most {positions - 2 * answers}"
+        )
+    return wanted
 
 
 def input_mixture(

@@ -27,6 +27,7 @@ from .writing import AnsweredSource, answer_inputs, write_continuations, write_t
 from .zsaq import ZSAQConfig
 
 
+_BATCH_TOKENS = 2**11  # of a step of a model that does not write, if all sequences were the longest: our choice
 _START_BATCH = 64  # sequences run together when errors are compensated
 _SAVED_EVERY = 25  # steps
 CHECKED = 2  # times that the student is measured while it trains, the end included
@@ -35,7 +36,8 @@ _PROBE_SEED = 2**20  # added to the seed of training
 
 def sized(config: ZSAQConfig, model: PreTrainedModel) -> ZSAQConfig:
     """A copy of a config whose counts of sequences are all set, for this model."""
-    return config.sized(longest_sequence(model, config.sequence_length))
+    tokens = {} if model.can_generate() else {"batch_tokens": _BATCH_TOKENS}
+    return config.sized(longest_sequence(model, config.sequence_length), **tokens)
 
 
 def make_generator(teacher: PreTrainedModel, config: ZSAQConfig) -> Generator:

@@ -24,7 +24,7 @@ _MINIMAX = {
     "hidden_weight": 1.0,
     "sharp_from": 0.0,
 }
-_TOKENS = {"batch_size": 2**11, "written_sequences": 2**16, "start_sequences": 2**14}  # what None stands for, in tokens
+_TOKENS = {"batch_size": 2**10, "written_sequences": 2**16, "start_sequences": 2**14}  # what None stands for, in tokens
 _RATES = (1e-4, 3e-5)  # below 4 bits, and from there on
 _SHARPNESS = {"rho": 0.0, "adaptive": False, "perturb": "quantized"}
 _OWN = {
@@ -44,9 +44,10 @@ class ZSAQConfig(LowBitConfig):
 
     Args:
         steps (`int`): student steps.
-        batch_size (`int`, *optional*): sequences a step; None: as many as make 2,048 tokens, if all were the longest
-            (1,024 for decoders, whose sequences are).
-        sequence_length (`int`, *optional*): tokens of the longest sequence; None: 128, or what the model has positions for.
+        batch_size (`int`, *optional*): sequences a step; None: as many as make 1,024 tokens, if all were the longest, of a
+            model that writes, and 2,048 of another, whose sequences are of all lengths.
+        sequence_length (`int`, *optional*): tokens of the longest sequence; None: 32 for encoder-decoder models that write,
+            else 128, or what the model has positions for.
         learning_rate, scale_learning_rate (`float`, *optional*): of the weights, and of the step sizes of weights and
             static inputs; None: 1e-4 below 4 bits, where more is to be won, else 3e-5.
         generator: "noise": tokens drawn from a guess of how frequent each is; "teacher": what the model itself writes (a
@@ -121,10 +122,15 @@ class ZSAQConfig(LowBitConfig):
         given |= {name: value for name, value in usual.items() if given[name] is None}
         return MinimaxSettings(sharpness=sharpness, **given)
 
-    def sized(self, longest: int) -> "ZSAQConfig":
-        """A copy whose counts of sequences are all set. Args: longest (`int`): tokens of the longest sequence."""
+    def sized(self, longest: int, batch_tokens: int = _TOKENS["batch_size"]) -> "ZSAQConfig":
+        """A copy whose counts of sequences are all set.
+
+        Args:
+            longest (`int`): tokens of the longest sequence.
+            batch_tokens (`int`): tokens of a step, if all sequences were the longest.
+        """
         found = copy.copy(self)
-        for name, tokens in _TOKENS.items():
+        for name, tokens in {**_TOKENS, "batch_size": batch_tokens}.items():
             if getattr(self, name) is None:
                 setattr(found, name, max(1, tokens // longest))
         return found

@@ -4,6 +4,7 @@ import pytest
 import torch
 from algorithms.test_minimax import advance, training
 
+from optimum_zsaq.algorithms.forms import InputMixture, SequenceForm
 from optimum_zsaq.algorithms.generators import PriorSource, WrittenSource
 from optimum_zsaq.algorithms.probes import ROUNDED, Guard, RepeatedSource, ReversedSource, hold_out, make_probes
 
@@ -44,6 +45,14 @@ class TestProbes:
         for batch in probes["single text, repeated tokens"].batches:
             inner = batch["input_ids"][:, 1:-1]
             assert torch.equal(inner, inner[:, :1].expand_as(inner))
+
+    def test_of_sequences_of_one_length_with_special_tokens(self):
+        """As a decoder's that begins with a token: what was written is shorter than the sequences."""
+        run = training()
+        form = SequenceForm((1,), (), 12, 12)
+        source = WrittenSource(torch.randint(3, 90, (40, 11)))
+        probes = make_probes(run.generator.another(source, InputMixture((form,)), 0), source, 7)
+        assert [batch["input_ids"].shape for batch in probes[0].batches] == [(8, 8), (8, 12), (8, 12)]
 
     def test_do_not_move_the_trainings_random_numbers(self):
         run = training()

@@ -5,7 +5,7 @@ import torch
 from tiny_models import make, make_tokenizer
 
 from optimum_zsaq import ZSAQConfig
-from optimum_zsaq.integrations.forms import input_mixture, missing_forms
+from optimum_zsaq.integrations.forms import input_mixture, longest_sequence, missing_forms
 from optimum_zsaq.integrations.zero_shot import make_generator
 
 
@@ -83,6 +83,15 @@ def test_every_family_runs_on_every_form(name, tmp_path):
         kinds.add((int((batch["input_ids"] == 2).sum(dim=1)[0]), "attention_mask" in batch))
         assert torch.isfinite(model(**batch)[0]).all()
     assert len(kinds) >= 2
+
+
+@pytest.mark.parametrize(("name", "most"), [("bert-cls", 80), ("bart-tied", 78)])
+def test_no_longer_than_the_positions(name, most):
+    message = f"sequence_length=81 is longer than {type(make(name)).__name__} has positions for; use at most {most}"
+    with pytest.raises(ValueError, match=message):
+        longest_sequence(make(name), 81)
+    assert longest_sequence(make(name), most) == most
+    assert longest_sequence(make(name)) == (78 if name == "bert-cls" else 32)
 
 
 class TestMissingForms:
