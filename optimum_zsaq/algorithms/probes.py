@@ -50,14 +50,10 @@ class Found:
     output: Tensor
     agreement: Tensor
 
-    def means(self) -> dict[str, float]:
-        """For reports."""
-        found = {"discrepancy": self.discrepancy.mean().item()}
-        if len(self.output):
-            found["output"] = self.output.mean().item()
-        if len(self.agreement):
-            found["agreement"] = self.agreement.mean().item()
-        return found
+    def means(self) -> dict[str, float | None]:
+        """For reports, and as JSON: of what is not finite None."""
+        means = {name: values.mean().item() for name, values in vars(self).items() if len(values)}
+        return {name: value if math.isfinite(value) else None for name, value in means.items()}
 
     @property
     def deciding(self) -> Tensor:
@@ -140,10 +136,11 @@ class Guard:
     Args:
         run (`Minimax`): whose student is rounded when the guard is made.
         probes (`list[Probe]`): what to measure on.
+        keeps (`bool`): whether a copy of the best state is made; without, `restore` is not to be called.
     """
 
-    def __init__(self, run: Minimax, probes: list[Probe]):
-        self.run, self.probes = run, probes
+    def __init__(self, run: Minimax, probes: list[Probe], keeps: bool = True):
+        self.run, self.probes, self.keeps = run, probes, keeps
         self.measured: dict[str, dict[str, Found]] = {}
         self.worse: dict[str, list[str]] = {}
         self._best: tuple[str, list[Tensor] | None] = (ROUNDED, None)
@@ -156,7 +153,7 @@ class Guard:
         if stage == ROUNDED:
             return found
         self.worse[stage] = [name for name in found if self._is_worse(name, found[name])]
-        if not self.worse[stage] and self.distance(stage) < self.distance(self.chosen):
+        if self.keeps and not self.worse[stage] and self.distance(stage) < self.distance(self.chosen):
             self._best = (stage, [p.detach().clone() for p in self.run.trained])
         return found
 

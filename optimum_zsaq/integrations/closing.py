@@ -20,10 +20,14 @@ def _probe_line(data: dict[str, Any], name: str) -> str:
     won, kept = data["won"], data["kept"]
     figure = "output" if "output" in won[ROUNDED][name] else "discrepancy"
     before, after = won[ROUNDED][name], won[kept][name]
-    parts = [f"distance from the float model {before[figure]:.4f} rounded, {after[figure]:.4f} now"]
+    parts = [f"distance from the float model {_number(before[figure])} rounded, {_number(after[figure])} now"]
     if "agreement" in before:
         parts.append(f"equal answers {100 * before['agreement']:.1f} %, now {100 * after['agreement']:.1f} %")
     return f"{name}: {'; '.join(parts)}"
+
+
+def _number(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.4f}"
 
 
 def kept_line(data: dict[str, Any]) -> str:

@@ -180,7 +180,7 @@ def start_run(model: PreTrainedModel, config: ZSAQConfig) -> tuple[Minimax, Guar
     settings = replace(config.settings(), autocast=autocast_dtype(config.autocast, model.device))
     generator.source, other = hold_out(generator.source)
     run = make_minimax(teacher, model, generator, settings)
-    return run, Guard(run, make_probes(generator, other, config.seed + _PROBE_SEED))
+    return run, Guard(run, make_probes(generator, other, config.seed + _PROBE_SEED), config.guard)
 
 
 def find_start(run: Minimax, guard: Guard, config: ZSAQConfig) -> None:

@@ -114,6 +114,7 @@ class TestTheGuard:
         guard.measure("trained")
         assert guard.restore() == ROUNDED
         assert all(torch.isfinite(p).all() for p in run.trained)
+        assert guard.measured["trained"]["single text"].means()["output"] is None
 
     def test_one_probe_decides(self):
         """A state that is nearer on all inputs of training, and farther on one that it never saw, is not kept."""
@@ -143,6 +144,15 @@ class TestTheGuard:
         spoil(run)
         other.restore()
         assert equal(weights(run), good)
+
+    def test_that_keeps_nothing_still_measures(self):
+        run, _ = watched()
+        guard = Guard(run, make_probes(run.generator, run.generator.source, 7), keeps=False)
+        guard.measure(ROUNDED)
+        advance(run, 20)
+        guard.measure("trained")
+        assert guard.distance("trained") < 1.0
+        assert guard.chosen == ROUNDED
 
     def test_of_a_model_without_outputs(self):
         run, guard = watched(name="bert")
