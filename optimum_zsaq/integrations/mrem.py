@@ -109,7 +109,7 @@ class MREMConfig(LowBitConfig):
         if length is not None and (not isinstance(length, int) or length < SHORTEST):
             raise ValueError(f"sequence_length={length!r} is too short; use an integer of at least {SHORTEST}, or None")
         switches = dict.fromkeys(("parallel", "offload"), (True, False))
-        for name, allowed in {**switches, "autocast": AUTOCASTS, "start": STARTS}.items():
+        for name, allowed in {**switches, "autocast": AUTOCASTS, "start": ("auto", *STARTS)}.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not allowed; use one of {allowed}")
         self._check_offload()
