@@ -164,12 +164,9 @@ class Guard:
 
     def distance(self, stage: str) -> float:
         """How far a state is from the teacher on inputs as training has them, over how far rounding is."""
-        ratios = []
-        for probe in self.probes:
-            if not probe.unlike:
-                pair = (self.measured[s][probe.name].deciding.mean().item() for s in (stage, ROUNDED))
-                ratios.append(_ratio(*pair))
-        return sum(ratios) / len(ratios)
+        like = [probe.name for probe in self.probes if not probe.unlike]
+        sums = [sum(self.measured[s][name].deciding.mean().item() for name in like) for s in (stage, ROUNDED)]
+        return _ratio(*sums)
 
     @torch.no_grad()
     def restore(self) -> str:
