@@ -74,7 +74,11 @@ class QuantizeCommand(Command):
         parser.add_argument("--seed", type=int, default=0, help="of sampled or generated token sequences (default: 0)")
         parser.add_argument("--steps", type=int, help="zsaq: steps; mrem: of each stage (default: 200; 120)")
         parser.add_argument("--batch-size", type=int, help="zsaq, mrem: sequences a step (default: 16, decoders 8; 32)")
-        parser.add_argument("--sequence-length", type=int, help="zsaq, mrem: tokens of the longest (default: 128; 32)")
+        parser.add_argument(
+            "--sequence-length",
+            type=int,
+            help="zsaq, mrem: tokens of the longest (default: 128; zsaq of encoder-decoders: 32)",
+        )
         parser.add_argument("--learning-rate", type=float, help="zsaq, mrem: of the weights (default: 1e-4; 3e-4)")
         parser.add_argument("--rho", type=float, help="zsaq: radius of SAM, 0 for none (default: 0)")
         parser.add_argument("--generator", help="zsaq: noise, teacher, or a causal language model (default: auto)")

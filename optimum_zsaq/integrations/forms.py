@@ -63,24 +63,21 @@ def longest_sequence(model: PreTrainedModel, wanted: int | None = None) -> int:
     if wanted is None:
         return fitting_length(model, _LONGEST_ANSWERED if answers and model.can_generate() else _LONGEST)
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if positions is not None and wanted > positions - 2 * answers:
+    most = positions if positions is None or writes_text(model) else positions - 2  # some count from the padding id on
+    if most is not None and wanted > most:
         raise ValueError(
-            f"sequence_length={wanted!r} is longer than {type(model).__name__} has positions for; "
-            f"use at most {positions - 2 * answers}"
+            f"sequence_length={wanted!r} is longer than {type(model).__name__} has positions for; use at most {most}"
         )
     return wanted
 
 
-def input_mixture(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, longest: int, pairs: bool = True
-) -> InputMixture:
+def input_mixture(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, longest: int) -> InputMixture:
     """The forms of a model's inputs, and how much there is of each.
 
     Args:
         model (`PreTrainedModel`): whose inputs they are.
         tokenizer (`PreTrainedTokenizerBase`, *optional*): what it puts around a text, and between two.
         longest (`int`): tokens of the longest sequence.
-        pairs (`bool`): whether inputs may have two segments.
     """
     first, last, _, padding = special_tokens(model, tokenizer)
     pads = not model.config.is_encoder_decoder and tokenizer is not None and tokenizer.pad_token_id is not None
@@ -88,7 +85,7 @@ def input_mixture(
     sizes = {"longest": longest, "padding": padding if pads else None, "left": pads and tokenizer.padding_side == "left"}
     shortest = longest if writes_text(model) else min(longest, max(SHORTEST, len(first) + len(last) + 1))
     single = SequenceForm(first, last, shortest, types=_types(model, tokenizer, first, last), **sizes)
-    pair = pair_form(model, tokenizer, sizes) if pairs and not model.can_generate() else None
+    pair = pair_form(model, tokenizer, sizes) if not model.can_generate() else None
     if pair is None:
         return InputMixture((single,), (1.0,), _PADDED, inner=_WITHIN)
     return InputMixture((single, pair), (1.0 - _PAIRS, _PAIRS), _PADDED, _BETWEEN, _WITHIN)

@@ -97,9 +97,7 @@ def warn_of_other_inputs(trainer: Trainer) -> None:
             return
     missing = missing_forms(trainer.model, tokenizer, rows[0], sys.maxsize, rows[1])
     if missing:
-        logger.warning(
-            "train_dataset holds %s; eval_dataset does, and there the model may get worse", " and ".join(missing)
-        )
+        logger.warning("train_dataset holds %s, unlike eval_dataset: there the model may get worse", " and ".join(missing))
 
 
 def _token_rows(data: Any) -> list[list[int]]:
