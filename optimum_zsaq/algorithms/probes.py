@@ -26,6 +26,7 @@ _EACH = 8  # sequences of each length
 _FLATTER = 0.5  # power that flattens a prior for a probe
 _SPREAD = 2.0  # standard errors by which a probe must be worse to count as worse,
 _LEAST = 0.1  # and this share of rounding's distance on inputs as training has them
+UNWRITTEN = 0.75  # share of rounding's distance that must be undercut where nobody wrote the inputs
 _HELD_OUT = 16  # one sequence in so many of a written pool is kept for probes
 
 
@@ -137,10 +138,12 @@ class Guard:
         run (`Minimax`): whose student is rounded when the guard is made.
         probes (`list[Probe]`): what to measure on.
         keeps (`bool`): whether a copy of the best state is made; without, `restore` is not to be called.
+        below (`float`): a state takes rounding's place if its distance is below this share of rounding's. Inputs that
+            nobody wrote are unlike text, and a small gain on them is none on text: `UNWRITTEN`.
     """
 
-    def __init__(self, run: Minimax, probes: list[Probe], keeps: bool = True):
-        self.run, self.probes, self.keeps = run, probes, keeps
+    def __init__(self, run: Minimax, probes: list[Probe], keeps: bool = True, below: float = 1.0):
+        self.run, self.probes, self.keeps, self.below = run, probes, keeps, below
         self.measured: dict[str, dict[str, Found]] = {}
         self.worse: dict[str, list[str]] = {}
         self._best: tuple[str, list[Tensor] | None] = (ROUNDED, None)
@@ -153,7 +156,8 @@ class Guard:
         if stage == ROUNDED:
             return found
         self.worse[stage] = [name for name in found if self._is_worse(name, found[name])]
-        if self.keeps and not self.worse[stage] and self.distance(stage) < self.distance(self.chosen):
+        least = min(self.distance(self.chosen), self.below)
+        if self.keeps and not self.worse[stage] and self.distance(stage) < least:
             self._best = (stage, [p.detach().clone() for p in self.run.trained])
         return found
 

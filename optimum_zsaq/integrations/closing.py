@@ -38,7 +38,7 @@ def kept_line(data: dict[str, Any]) -> str:
         return f"kept: the trained model{f', which is worse than rounding on {_listed(worse)}' if worse else ''}"
     why = [f"training stopped ({data['stopped']})"] if "stopped" in data else []
     why += [f"{stage} was worse than rounding on {_listed(names)}" for stage, names in data["worse"].items() if names]
-    because = "; ".join(why) or "no other state was nearer to the float model"
+    because = "; ".join(why) or "no other state was clearly nearer to the float model"
     return f"kept: {'rounding, nothing of the training' if kept == ROUNDED else f'the state {kept!r}'}, because {because}"
 
 

@@ -16,7 +16,7 @@ from ..algorithms.compensation import compensate
 from ..algorithms.forms import InputMixture
 from ..algorithms.generators import Generator, PriorSource, Source, WrittenSource
 from ..algorithms.minimax import Minimax, MinimaxSettings
-from ..algorithms.probes import Guard, hold_out, make_probes
+from ..algorithms.probes import UNWRITTEN, Guard, hold_out, make_probes
 from ..surgery import pack, prepare
 from .closing import ROUNDED, TRAINED
 from .data import tokenizer_or_none, uncached_batch
@@ -180,7 +180,8 @@ def start_run(model: PreTrainedModel, config: ZSAQConfig) -> tuple[Minimax, Guar
     settings = replace(config.settings(), autocast=autocast_dtype(config.autocast, model.device))
     generator.source, other = hold_out(generator.source)
     run = make_minimax(teacher, model, generator, settings)
-    return run, Guard(run, make_probes(generator, other, config.seed + _PROBE_SEED), config.guard)
+    below = UNWRITTEN if isinstance(other, PriorSource) else 1.0
+    return run, Guard(run, make_probes(generator, other, config.seed + _PROBE_SEED), config.guard, below)
 
 
 def find_start(run: Minimax, guard: Guard, config: ZSAQConfig) -> None:

@@ -143,6 +143,20 @@ class TestTheGuard:
         other.restore()
         assert equal(weights(run), good)
 
+    def test_asks_for_more_than_a_small_gain(self):
+        run, guard = watched()
+        advance(run, 20)
+        gained = guard._found
+        guard.measure("trained")
+        share = guard.distance("trained")
+        assert guard.chosen == "trained"
+        for below, chosen in ((share * 0.99, ROUNDED), (share * 1.01, "trained")):
+            other = Guard(run, guard.probes, below=below)
+            other.measured[ROUNDED] = guard.measured[ROUNDED]
+            other._found = gained
+            other.measure("trained")
+            assert other.chosen == chosen
+
     def test_that_keeps_nothing_still_measures(self):
         run, _ = watched()
         guard = Guard(run, make_probes(run.generator, run.generator.source, 7), keeps=False)

@@ -40,7 +40,7 @@ def test_why_training_was_given_up():
         "trained was worse than rounding on 'single text' and 'pair, related'"
     )
     assert "training stopped (it is NaN)" in kept_line(recipe("rounded", {}, stopped="it is NaN"))
-    assert "because no other state was nearer to the float model" in kept_line(recipe("rounded", {"trained": []}))
+    assert "because no other state was clearly nearer to the float model" in kept_line(recipe("rounded", {"trained": []}))
 
 
 def test_a_state_that_is_worse_and_kept_says_so():
