@@ -2,8 +2,8 @@
 
 Tasks: see `forms_tasks.py`. KL, agreement and accuracy are those of dev inputs, the KL to the float model needs no labels.
 Methods: "rounding" (with the ranges that ZSAQ starts from), "zsaq", and what the guard must survive: "one-token" (a source
-that writes one token again and again), "single" (no pairs are written), "rate" (ten times the learning rate or more). What the
-closing lines claim of every form is kept too. Tuned on "part", "same" and "sst2", seed 0, at w2a8e4-row and w3a8e4-tensor.
+that writes one token again and again), "single" (no pairs are written), "rate" (at least ten times the learning rate). What
+the closing lines claim of every form is kept too. Tuned on "part", "same", "more" and "sst2", seed 0.
 DATA as for the study `squat`.
 """
 

@@ -79,7 +79,11 @@ class QuantizeCommand(Command):
             type=int,
             help="zsaq, mrem: tokens of the longest (default: 128; zsaq of encoder-decoders: 32)",
         )
-        parser.add_argument("--learning-rate", type=float, help="zsaq, mrem: of the weights (default: zsaq 2e-4 at 2 bits, 1e-4 at 3, else 3e-5; mrem 3e-4)")
+        parser.add_argument(
+            "--learning-rate",
+            type=float,
+            help="zsaq, mrem: of the weights (default: zsaq by the bits, from 2e-4 at 2 to 3e-5 from 4 on; mrem 3e-4)",
+        )
         parser.add_argument("--rho", type=float, help="zsaq: radius of SAM, 0 for none (default: 0)")
         parser.add_argument("--generator", help="zsaq: noise, teacher, or a causal language model (default: auto)")
         parser.add_argument("--generator-every", type=int, help="zsaq: steps for one ascent, 0 for none (default: 0)")

@@ -26,7 +26,8 @@ _MINIMAX = {
 }
 _TOKENS = {"batch_size": 2**10, "written_sequences": 2**16, "start_sequences": 2**14}  # what None stands for, in tokens
 _RATES = {2: (2e-4, 1e-4), 3: (1e-4, 1e-4)}  # of weights and of step sizes, by the bits of a weight
-_GENTLE = (3e-5, 3e-5)  # from 4 bits on, where there is little to be won
+_GENTLE = (3e-5, 3e-5)  # from 4 bits on, where there is little to be won; with coarser inputs as at 3 bits
+_COARSE = 4  # bits of inputs
 _SHARPNESS = {"rho": 0.0, "adaptive": False, "perturb": "quantized"}
 _OWN = {
     "sequence_length": None,
@@ -50,7 +51,7 @@ class ZSAQConfig(LowBitConfig):
         sequence_length (`int`, *optional*): tokens of the longest sequence; None: 32 for encoder-decoder models that write,
             else 128, or what the model has positions for.
         learning_rate, scale_learning_rate (`float`, *optional*): of the weights, and of the step sizes of weights and
-            static inputs; None: 2e-4 and 1e-4 at 2 bits, both 1e-4 at 3 bits, else 3e-5.
+            static inputs; None: 2e-4 and 1e-4 at 2 bits, both 1e-4 at 3 bits or with inputs of at most 4, else 3e-5.
         generator: "noise": tokens drawn from a guess of how frequent each is; "teacher": what the model itself writes (a
             decoder), or answers to noise (an encoder-decoder model); the path or Hub id of a causal language model, or one
             in memory, which writes text; "auto": "teacher" where the model can write, else "noise"; or
@@ -118,7 +119,8 @@ class ZSAQConfig(LowBitConfig):
         """What `algorithms/minimax.py` is given."""
         sharpness = SharpnessSettings(**{name: getattr(self, name) for name in _SHARPNESS})
         given = {name: getattr(self, name) for name in _MINIMAX}
-        rate, scale_rate = _RATES.get(self.weight_bits, _GENTLE)
+        coarse = self.activation_bits is not None and self.activation_bits <= _COARSE
+        rate, scale_rate = _RATES.get(self.weight_bits, _RATES[3] if coarse else _GENTLE)
         usual = {"batch_size": MinimaxSettings.batch_size, "learning_rate": rate, "scale_learning_rate": scale_rate}
         given |= {name: value for name, value in usual.items() if given[name] is None}
         return MinimaxSettings(sharpness=sharpness, **given)

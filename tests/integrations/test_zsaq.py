@@ -303,3 +303,19 @@ def test_an_untrained_head_is_refused(tmp_path):
     message = re.escape("fine-tune the float model first, or load it without that head (AutoModel)")
     with pytest.raises(ValueError, match=message):
         type(make("bert-cls")).from_pretrained(tmp_path, quantization_config=ZSAQConfig(**SHORT))
+
+
+@pytest.mark.parametrize(
+    ("bits", "rates"),
+    [
+        ({"weight_bits": 2}, (2e-4, 1e-4)),
+        ({"weight_bits": 3}, (1e-4, 1e-4)),
+        ({"weight_bits": 4}, (3e-5, 3e-5)),
+        ({"weight_bits": 4, "activation_bits": None}, (3e-5, 3e-5)),
+        ({"weight_bits": 4, "activation_bits": 4}, (1e-4, 1e-4)),
+        ({"weight_bits": 2, "learning_rate": 1e-3}, (1e-3, 1e-4)),
+    ],
+)
+def test_rates_that_nobody_gave_follow_the_bits(bits, rates):
+    settings = ZSAQConfig(**bits).settings()
+    assert (settings.learning_rate, settings.scale_learning_rate) == rates
