@@ -109,7 +109,9 @@ def _check_tied(model: nn.Module, name: str, owner: str, skip: tuple[str, ...]) 
         )
 
 
-def prepare(model: nn.Module, scheme: QuantScheme, ranges: str = "mse") -> nn.Module:
+def prepare(
+    model: nn.Module, scheme: QuantScheme, ranges: str = "mse", energies: Mapping[str, Tensor] | None = None
+) -> nn.Module:
     """Make the selected layers fake-quantized, in place, with ranges found from their weights.
 
     Layers that are fake-quantized already keep their ranges, so a second call changes nothing. Weights on the device "meta"
@@ -118,7 +120,9 @@ def prepare(model: nn.Module, scheme: QuantScheme, ranges: str = "mse") -> nn.Mo
     Args:
         model (`nn.Module`): a float model, or one that was prepared with the same scheme.
         scheme (`QuantScheme`): what shall become of it.
-        ranges (`str`): "minmax", "mse", "signed", "lsq" or "ternary", see `ops/ranges.py`, or "auto", see `range_method`.
+        ranges (`str`): "minmax", "mse", "signed", "energy", "lsq" or "ternary", see `ops/ranges.py`, or "auto", see
+            `range_method`.
+        energies (`Mapping[str, Tensor]`, *optional*): for "energy", of layers by name, see `algorithms/energy.py`.
 
     Returns:
         `nn.Module`: the same model.
@@ -137,21 +141,25 @@ def prepare(model: nn.Module, scheme: QuantScheme, ranges: str = "mse") -> nn.Mo
     float_layers = {name: model.get_submodule(name) for name in table}
     layers = {name: kind_of(old).fake.from_float(old, table[name]) for name, old in float_layers.items()}
     own = {name: layer for name, layer in layers.items() if tied.get(name) not in table and not layer.weight.is_meta}
-    find_layer_ranges(own, ranges)
+    find_layer_ranges(own, ranges, energies)
     swap(model, {name: lambda _, __, new=layer: new for name, layer in layers.items()}, table)
     reader_of(model).changed(model)
     return model
 
 
-def find_layer_ranges(layers: Mapping[str, LowBitLayer], ranges: str) -> None:
+def find_layer_ranges(layers: Mapping[str, LowBitLayer], ranges: str, energies: Mapping[str, Tensor] | None = None) -> None:
     """Set the scales of fake-quantized layers from their master weights, in place.
+
+    With ranges="energy" a layer whose inputs have no energies, such as a table, takes "mse".
 
     Raises:
         ValueError: see `ops.find_ranges`; the message names the layer.
     """
     for name, layer in layers.items():
         try:
-            layer.find_ranges(range_method(layer.spec, ranges))
+            known = (energies or {}).get(name) if ranges == "energy" else None
+            method = "mse" if ranges == "energy" and known is None else range_method(layer.spec, ranges)
+            layer.find_ranges(method, known)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
 

@@ -33,6 +33,10 @@ _EXAMPLES = """examples:
 _ALGORITHM_HELP = "prequant: data-free rounding; zsaq: training without data; mrem: on texts (default: prequant)"
 
 
+_RANGES_HELP = (
+    "mse, minmax, signed, lsq; ternary (2 bits); energy (prequant: errors count by what inputs carry, for language "
+    "models); auto, of zsaq and mrem the default, else mse"
+)
 _DATA_HELP = "file of texts, for mrem or for static ranges; mrem: zero-shot for generated ones (ranges: sampled tokens)"
 
 
@@ -62,10 +66,7 @@ class QuantizeCommand(Command):
         parser.add_argument("--granularity", default="row", help="row, tensor or group (default: row)")
         parser.add_argument("--group-size", type=int, help="weights that share a scale, with --granularity group")
         parser.add_argument("--asymmetric", action="store_true", help="weights with a zero point")
-        parser.add_argument(
-            "--ranges",
-            help="mse, minmax, signed, lsq; ternary (2 bits); auto, of zsaq and mrem the default, else mse",
-        )
+        parser.add_argument("--ranges", help=_RANGES_HELP)
         parser.add_argument("--outliers", type=float, help="share of each matrix kept as float residuals, e.g. 0.005")
         parser.add_argument("--outlier-scope", default="matrix", help="matrix: its largest; row: as many of each row")
         parser.add_argument("--activations", default="dynamic", help="dynamic or static (default: dynamic)")

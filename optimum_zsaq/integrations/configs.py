@@ -300,11 +300,21 @@ class PreQuantConfig(LowBitConfig):
     MSE, row-wise). `outliers=0.005` also stores, for each matrix, where its outlier weights are and their float residuals:
     the start of PreQuant's second stage, and a better model by itself. See `LowBitConfig` for the fields.
 
+    `ranges="energy"`, which is ours, runs the float model first, on a few sequences that it writes itself, and counts the
+    error of a weight by the energy of the input it is multiplied with: for language models, whose inputs have a few strong
+    channels. It takes the memory of the float model, and some time (docs/methods/language_models.md).
+
     Source: https://huggingface.co/papers/2306.00014; bits, symmetry and outlier criterion are our choice
     (docs/methods/prequant.md), the paper's are unknown to us.
     """
 
     algorithm = "prequant"
+    range_methods = (*RANGE_METHODS, "energy")
+
+    @property
+    def trains_on_load(self) -> bool:
+        """Whether the float model is run before it is quantized, instead of each weight as it is read."""
+        return self.ranges == "energy"
 
 
 ALGORITHMS.update({config.algorithm: config for config in (LowBitConfig, PreQuantConfig)})

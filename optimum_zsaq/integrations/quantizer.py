@@ -32,13 +32,14 @@ from .checkpoint import CheckpointError, header, verify_files
 from .configs import LowBitConfig, body_name
 from .recipe import calibrate_on_load, write_recipe
 from .reconstruct import reconstruct_on_load
+from .rounding import round_on_load
 from .saving import attach_saving, detach_saving
 from .zero_shot import train_on_load
 
 
 logger = logging.getLogger(__name__)
 
-_TRAINING = {"zsaq": train_on_load, "mrem": reconstruct_on_load}
+_TRAINING = {"zsaq": train_on_load, "mrem": reconstruct_on_load, "prequant": round_on_load}
 _MARKER_DTYPE = torch.float8_e4m3fn  # the marker's zeros take one byte a row on disk
 
 
@@ -189,7 +190,7 @@ class LowBitQuantizer(HfQuantizer):
         config = self.quantization_config
         if not self.pre_quantized:
             table = select(model, config.scheme())
-            if not config.trains_on_load:  # else the float model is needed as the teacher
+            if not config.trains_on_load:  # else the float model is run first
                 skeleton(model, table, config.packed)
             if getattr(config, "offload", False):
                 self.offloaded = OffloadedBlocks(blocks(model), config.ranges)

@@ -73,8 +73,10 @@ class _FakeQuant(LowBitLayer):
         return tuple(self.master().shape)
 
     @torch.no_grad()
-    def find_ranges(self, ranges: str = "mse") -> None:
+    def find_ranges(self, ranges: str = "mse", energies: Tensor | None = None) -> None:
         """Set scales (and zero points, outliers) from the master weight, in place. Does nothing on a tied layer.
+
+        Args: see `ops.find_ranges`.
 
         Raises:
             ValueError: see `ops.find_ranges`.
@@ -88,7 +90,7 @@ class _FakeQuant(LowBitLayer):
             if not torch.isfinite(weight.reshape(-1)[self.weight_outlier_positions.long()]).all():
                 raise ValueError(NOT_FINITE)
             weight = weight.contiguous().view(-1).index_fill(0, self.weight_outlier_positions.long(), 0.0).view_as(weight)
-        scale, zero_point = find_ranges(weight, self.spec.weight, ranges)
+        scale, zero_point = find_ranges(weight, self.spec.weight, ranges, energies)
         self.weight_scale.copy_(scale)
         if zero_point is not None:
             self.weight_zero_point.copy_(zero_point)

@@ -1,6 +1,7 @@
 """Finding scales and zero points: one function a method, in the registry `RANGES`.
 
 A method gets slices that share a scale, as rows (R, n) float32, and returns scale (R,) and zero point (R,) or None.
+"energy" gets a weight of each value's squared error beside them, in the same shape.
 A new method is one function here, one line in `RANGES` and one row in the tests.
 """
 
@@ -20,6 +21,8 @@ _SHRINK = 0.92  # mse: step of the geometric grid of clipping ranges, our choice
 _STEPS = 32  # mse: the smallest range is 0.92^31 = 7.5 % of the full one
 _FINE = (1.0, 0.95, 0.96, 0.97, 0.98, 0.99, 1.01, 1.02, 1.03, 1.04, 1.05)  # mse: around the best of the grid
 _LEAST_SQUARES = 4  # mse: rounds of fitting the scale to the codes found
+_LEAST_ENERGY = 1e-4  # energy: of a channel, as a share of the mean
+_SMALLEST = torch.finfo(torch.float32).tiny
 
 
 def _positive(scale: Tensor) -> Tensor:
@@ -59,23 +62,23 @@ def ternary(slices: Tensor, spec: QuantSpec) -> Range:
     return _positive((slices.abs() * kept).sum(dim=1) / kept.sum(dim=1).clamp(min=1.0)), None
 
 
-def mse(slices: Tensor, spec: QuantSpec) -> Range:
+def mse(slices: Tensor, spec: QuantSpec, weights: Tensor | None = None) -> Range:
     """The range of least squared error: a geometric grid of clipping ranges, a fine one around the best, least squares.
 
-    Asymmetric codes also try the neighbouring zero points and clipping either end alone.
+    Asymmetric codes also try the neighbouring zero points and clipping either end alone. `weights` (R, n) count the errors.
 
     Source: our choice of grids, measured in docs/methods/prequant.md; the search as such is common (BRECQ's code).
     """
     low, high = slices.amin(dim=1), slices.amax(dim=1)
     shrink = [_SHRINK**i for i in range(_STEPS)]
-    best = _search(slices, spec, (_from_bounds(low * f, high * f, spec) for f in shrink))
+    best = _search(slices, spec, (_from_bounds(low * f, high * f, spec) for f in shrink), weights)
     if not spec.symmetric:
         low, high = _bounds(best, spec)
-        best = _search(slices, spec, (_from_bounds(low * f, high, spec) for f in shrink[:16]))
+        best = _search(slices, spec, (_from_bounds(low * f, high, spec) for f in shrink[:16]), weights)
         low = _bounds(best, spec)[0]
-        best = _search(slices, spec, (_from_bounds(low, high * f, spec) for f in shrink[:16]))
-    best = _search(slices, spec, _neighbours(best, spec))
-    return _least_squares(slices, best, spec)
+        best = _search(slices, spec, (_from_bounds(low, high * f, spec) for f in shrink[:16]), weights)
+    best = _search(slices, spec, _neighbours(best, spec), weights)
+    return _least_squares(slices, best, spec, weights)
 
 
 def _bounds(found: Range, spec: QuantSpec) -> tuple[Tensor, Tensor]:
@@ -92,12 +95,12 @@ def _neighbours(found: Range, spec: QuantSpec) -> Iterator[Range]:
             yield scale * f, z
 
 
-def _search(slices: Tensor, spec: QuantSpec, candidates: Iterator[Range]) -> Range:
+def _search(slices: Tensor, spec: QuantSpec, candidates: Iterator[Range], weights: Tensor | None) -> Range:
     """The candidate of least squared error, slice by slice; the first of equals."""
     best: Range | None = None
     least = slices.new_full((slices.shape[0],), torch.inf)
     for found in candidates:
-        error = _fit(slices, found, spec)[0]
+        error = _fit(slices, found, spec, weights)[0]
         better = error < least
         least = torch.where(better, error, least)
         best = found if best is None else _choose(better, found, best)
@@ -109,54 +112,72 @@ def _choose(better: Tensor, new: Range, old: Range) -> Range:
     return torch.where(better, new[0], old[0]), zero_point
 
 
-def _least_squares(slices: Tensor, found: Range, spec: QuantSpec) -> Range:
+def _least_squares(slices: Tensor, found: Range, spec: QuantSpec, weights: Tensor | None) -> Range:
     """Alternate between codes for the scale and the scale <w, c> / <c, c> for the codes; never worse than `found`."""
-    error, scale = _fit(slices, found, spec)
+    error, scale = _fit(slices, found, spec, weights)
     for _ in range(_LEAST_SQUARES):
         candidate = (_positive(scale), found[1])
-        new_error, scale = _fit(slices, candidate, spec)
+        new_error, scale = _fit(slices, candidate, spec, weights)
         found = _choose(new_error < error, candidate, found)
         error = torch.minimum(error, new_error)
     return found
 
 
-def _fit(slices: Tensor, found: Range, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+def _fit(slices: Tensor, found: Range, spec: QuantSpec, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Squared error of each slice (R,), and the scale (R,) that would be best for the codes it got."""
     scale, zero_point = found
     shift = torch.zeros_like(scale) if zero_point is None else zero_point
     low, high = (spec.lowest - shift)[:, None], (spec.highest - shift)[:, None]
     error, inner, norm = (torch.zeros_like(scale) for _ in range(3))
-    for part in slices.split(_CHUNK, dim=1):
+    for start in range(0, slices.shape[1], _CHUNK):
+        part = slices[:, start : start + _CHUNK]
         levels = (part / scale[:, None]).round_().clamp_(low, high)
-        inner += (part * levels).sum(dim=1)
-        norm += (levels * levels).sum(dim=1)
-        error += (part - levels * scale[:, None]).square_().sum(dim=1)
-    return error, inner / norm.clamp(min=1.0)
+        errors = (part - levels * scale[:, None]).square_()
+        weighted = levels
+        if weights is not None:
+            weighted = levels * weights[:, start : start + _CHUNK]
+            errors *= weights[:, start : start + _CHUNK]
+        inner += (part * weighted).sum(dim=1)
+        norm += (levels * weighted).sum(dim=1)
+        error += errors.sum(dim=1)
+    return error, inner / norm.clamp(min=1.0 if weights is None else _SMALLEST)
 
 
-def signed(slices: Tensor, spec: QuantSpec) -> Range:
+def signed(slices: Tensor, spec: QuantSpec, weights: Tensor | None = None) -> Range:
     """As "mse"; a symmetric slice that is better off with its one code more on the positive side gets a negative scale.
 
     Source: AutoRound's symmetric codes (https://github.com/intel/auto-round), our search.
     """
-    plus = mse(slices, spec)
+    plus = mse(slices, spec, weights)
     if not spec.symmetric:
         return plus
-    minus = mse(-slices, spec)
-    better = _fit(-slices, minus, spec)[0] < _fit(slices, plus, spec)[0]
+    minus = mse(-slices, spec, weights)
+    better = _fit(-slices, minus, spec, weights)[0] < _fit(slices, plus, spec, weights)[0]
     return torch.where(better, -minus[0], plus[0]), None
 
 
-RANGES: dict[str, Callable[[Tensor, QuantSpec], Range]] = {
+def energy(slices: Tensor, spec: QuantSpec, weights: Tensor) -> Range:
+    """As "signed", and the error of a weight counts by the energy of the input that it is multiplied with.
+
+    An input channel without energy keeps 1e-4 of the mean, so that a slice of such channels has a range too.
+
+    Source: the diagonal of the Hessian of a layer's squared output error, as in GPTQ
+    (https://huggingface.co/papers/2210.17323, section 3); our search, measured in docs/methods/language_models.md.
+    """
+    return signed(slices, spec, weights)
+
+
+RANGES: dict[str, Callable[..., Range]] = {
     "minmax": minmax,
     "mse": mse,
     "signed": signed,
+    "energy": energy,
     "lsq": lsq,
     "ternary": ternary,
 }
 
 
-def find_ranges(weight: Tensor, spec: QuantSpec, ranges: str = "mse") -> Range:
+def find_ranges(weight: Tensor, spec: QuantSpec, ranges: str = "mse", energies: Tensor | None = None) -> Range:
     """Scale and zero point of every slice of a weight.
 
     Shapes: weight (O, I) any float dtype -> scale float32 and zero point uint8 (None if symmetric), shaped as in
@@ -166,20 +187,45 @@ def find_ranges(weight: Tensor, spec: QuantSpec, ranges: str = "mse") -> Range:
         weight (`torch.Tensor`): the float weight.
         spec (`QuantSpec`): what its codes shall mean.
         ranges (`str`): a name in `RANGES`.
+        energies (`torch.Tensor`, *optional*): (I,) float32, the mean square of each input channel; exactly with "energy".
 
     Raises:
-        ValueError: an unknown method; "ternary" with a spec that is not ternary; NaN or infinite weights.
+        ValueError: an unknown method; "ternary" with a spec that is not ternary; NaN or infinite weights; energies that are
+            missing, not asked for, negative, not finite or of another length.
     """
     if ranges not in RANGES:
         raise ValueError(f"ranges={ranges!r} is unknown; use one of {sorted(RANGES)}")
     if (ranges == "ternary") != spec.ternary:
         raise ValueError(f"ranges={ranges!r} does not go with ternary={spec.ternary}; use both or neither")
     weight = weight.detach()
-    parts = [_flat_range(part, spec, RANGES[ranges]) for part in _equal_slices(weight, spec)]
+    parts = list(_equal_slices(weight, spec))
+    counted = [None] * len(parts)
+    if ranges == "energy" or energies is not None:
+        counts = _error_weights(energies, weight.shape[1], ranges).to(weight.device)
+        counted = list(_equal_slices(counts.expand_as(weight), spec))
+    parts = [_flat_range(part, spec, RANGES[ranges], w) for part, w in zip(parts, counted, strict=True)]
     shape = spec.scale_shape(*weight.shape)
     scale = torch.cat([p[0] for p in parts], dim=-1).reshape(shape)
     zero_point = None if spec.symmetric else torch.cat([p[1] for p in parts], dim=-1).reshape(shape).to(torch.uint8)
     return scale, zero_point
+
+
+def _error_weights(energies: Tensor | None, columns: int, ranges: str) -> Tensor:
+    """What the squared error of each column counts: (I,) float32, 1 on average."""
+    if energies is None or ranges != "energy":
+        raise ValueError(
+            f"ranges={ranges!r} and energies={'None' if energies is None else 'given'} do not go together; "
+            "use ranges='energy' with the mean square of each input channel, or neither"
+        )
+    if energies.shape != (columns,):
+        raise ValueError(
+            f"energies have shape {tuple(energies.shape)} and the weight has {columns} columns; give one a column"
+        )
+    energies = energies.detach().float()
+    if not torch.isfinite(energies).all() or (energies < 0).any():
+        raise ValueError("an input's energy is negative, NaN or infinite; check the float model and what it was run on")
+    mean = energies.mean()
+    return energies / mean + _LEAST_ENERGY if mean > 0 else torch.ones_like(energies)
 
 
 def _equal_slices(weight: Tensor, spec: QuantSpec) -> Iterator[Tensor]:
@@ -196,8 +242,8 @@ def _equal_slices(weight: Tensor, spec: QuantSpec) -> Iterator[Tensor]:
             yield weight[:, whole:].unsqueeze(1)
 
 
-def _flat_range(slices: Tensor, spec: QuantSpec, method: Callable[[Tensor, QuantSpec], Range]) -> Range:
-    """Apply a method block of rows by block of rows: (O, G, n) -> (O, G)."""
+def _flat_range(slices: Tensor, spec: QuantSpec, method: Callable[..., Range], weights: Tensor | None) -> Range:
+    """Apply a method block of rows by block of rows: (O, G, n), and what errors count in the same shape -> (O, G)."""
     rows, groups, length = slices.shape
     step = max(1, _CHUNK // (groups * length))
     found = []
@@ -205,7 +251,8 @@ def _flat_range(slices: Tensor, spec: QuantSpec, method: Callable[[Tensor, Quant
         block = slices[start : start + step].float().reshape(-1, length)
         if not torch.isfinite(block).all():
             raise ValueError(NOT_FINITE)
-        found.append(method(block, spec))
+        counted = () if weights is None else (weights[start : start + step].reshape(-1, length),)
+        found.append(method(block, spec, *counted))
     scale = torch.cat([f[0] for f in found]).view(rows, groups)
     return scale, None if found[0][1] is None else torch.cat([f[1] for f in found]).view(rows, groups)
 

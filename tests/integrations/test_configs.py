@@ -33,7 +33,7 @@ RAISES = {
     ),
     "ranges": (
         {"ranges": "max"},
-        r"ranges='max' is not allowed; use one of \('mse', 'minmax', 'signed', 'lsq', 'ternary'\)",
+        r"ranges='max' is not allowed; use one of \('mse', 'minmax', 'signed', 'lsq', 'ternary'",
     ),
     "activations": ({"activations": "off"}, r"activations='off' is not allowed; use one of \('dynamic', 'static'\)"),
     "runtime": ({"runtime": "slow"}, r"runtime='slow' is unknown; use one of \('fast', 'small'\)"),

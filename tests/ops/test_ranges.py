@@ -303,3 +303,72 @@ class TestInputRange:
                 x = sign * values
                 _, zero_point = find_input_range(x, x.min().item(), x.max().item(), spec, method)
                 assert zero_point.item() == zero
+
+
+class TestEnergy:
+    """The error of a weight counts by what it is multiplied with."""
+
+    @staticmethod
+    def weighted_error(weight: Tensor, found: ranges.Range, spec: QuantSpec, energies: Tensor) -> Tensor:
+        return ((weight - fake_quantize(weight, *found, spec)).double().square() * energies).sum(dim=1)
+
+    @staticmethod
+    def uneven(columns: int) -> Tensor:
+        """A few channels carry a thousand times what the others do."""
+        return torch.where(torch.arange(columns) % 7 == 3, 1000.0, 1.0)
+
+    @pytest.mark.parametrize("spec", [s for s in UNIFORM if s.granularity != "tensor"], ids=spec_id)
+    def test_no_other_method_has_less_of_it(self, spec):
+        weight, energies = random_weight(16, 34, 0), self.uneven(34)
+        found = self.weighted_error(weight, find_ranges(weight, spec, "energy", energies), spec, energies)
+        for method in ("minmax", "mse", "signed"):
+            other = self.weighted_error(weight, find_ranges(weight, spec, method), spec, energies)
+            assert found.sum() <= other.sum() * MSE_SEARCH
+
+    @pytest.mark.parametrize("bits", [2, 3, 4])
+    def test_is_near_the_best_of_every_scale(self, bits):
+        """Against a slow reference: 4,000 scales of either sign, one after the other."""
+        spec, energies = QuantSpec(bits, "row"), self.uneven(21)
+        weight = random_weight(6, 21, 3)
+        found = self.weighted_error(weight, find_ranges(weight, spec, "energy", energies), spec, energies)
+        largest = weight.abs().amax(dim=1, keepdim=True)
+        tried = [
+            self.weighted_error(weight, (sign * largest * i / 2000 / 2 ** (bits - 1), None), spec, energies)
+            for i in range(1, 4001)
+            for sign in (1.0, -1.0)
+        ]
+        best = torch.stack([error.nan_to_num(torch.inf) for error in tried]).amin(dim=0)
+        assert (found <= best * MSE_SEARCH).all()
+
+    def test_equal_energies_count_nothing(self):
+        weight, spec = random_weight(8, 32, 1), QuantSpec(3, "group", GROUP)
+        found = find_ranges(weight, spec, "energy", torch.full((32,), 5.0))[0]
+        assert relative_error(found, find_ranges(weight, spec, "signed")[0]) < SUM_OF_SQUARES
+
+    @pytest.mark.parametrize("method", ["row", "group"])
+    def test_a_channel_without_any_does_not_stretch_the_range(self, method):
+        spec = QuantSpec(4, method, GROUP if method == "group" else None)
+        weight, energies = torch.randn(4, 16, generator=torch.Generator().manual_seed(0)), torch.ones(16)
+        weight[:, 5], energies[5] = 30.0, 0.0
+        scale = find_ranges(weight, spec, "energy", energies)[0]
+        assert (scale[:, 5 // GROUP if method == "group" else 0].abs() < 1.5).all()
+
+    def test_of_inputs_that_are_zero(self):
+        weight, spec = random_weight(4, 16, 2), QuantSpec(4, "row")
+        found = find_ranges(weight, spec, "energy", torch.zeros(16))[0]
+        assert torch.isfinite(found).all()
+        assert (found != 0).all()
+
+    @pytest.mark.parametrize(
+        ("method", "energies", "message"),
+        [
+            ("energy", None, "energies=None do not go together"),
+            ("mse", torch.ones(16), "ranges='mse' and energies=given"),
+            ("energy", torch.ones(15), r"shape \(15,\) and the weight has 16 columns"),
+            ("energy", -torch.ones(16), "negative, NaN or infinite"),
+            ("energy", torch.full((16,), float("nan")), "negative, NaN or infinite"),
+        ],
+    )
+    def test_what_is_refused(self, method, energies, message):
+        with pytest.raises(ValueError, match=message):
+            find_ranges(random_weight(4, 16, 2), QuantSpec(4, "row"), method, energies)

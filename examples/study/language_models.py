@@ -1,0 +1,96 @@
+"""How low-bit weights hold on language models: SmolLM2-135M-Instruct, and a small one, without any data.
+
+Methods: "rounding" with each of the range methods, inputs float, tables in 8 bits. Measured: perplexity of the first 4,096
+tokens of WikiText-2's test text in windows of 512 (256 where the model has no more positions), KL to the float model and
+agreement with its likeliest token there, bits a weight of the Linear layers with scales and zero points as they lie on the
+disk. What was tried was tried on the validation text. The data folder holds `wikitext-2/test.txt`, `models/wikitext-opt`
+and `models/smollm2`.
+"""
+
+import time
+from pathlib import Path
+from typing import Any
+
+from prequant_tables import circumstances, markdown
+from runner import Cell
+
+
+MODELS = {"smollm2": ("models/smollm2", 512), "wikitext": ("models/wikitext-opt", 256)}
+TOKENS = 4096
+RANGES = ("mse", "minmax", "energy")
+SCHEMES: dict[str, dict[str, Any]] = {
+    "w4-g64": {"weight_bits": 4, "granularity": "group", "group_size": 64},
+    "w4-g64-asymmetric": {"weight_bits": 4, "granularity": "group", "group_size": 64, "symmetric": False},
+    "w3-g64": {"weight_bits": 3, "granularity": "group", "group_size": 64},
+    "w3-g64-asymmetric": {"weight_bits": 3, "granularity": "group", "group_size": 64, "symmetric": False},
+    "w4-row": {"weight_bits": 4},
+}
+TITLES = {"smollm2": "SmolLM2-135M-Instruct", "wikitext": "wikitext-opt, 8.5 M weights"}
+
+
+def cells() -> list[Cell]:
+    """The float models, then the real one."""
+    found = [Cell("float", "float32", task) for task in MODELS]
+    return found + [Cell(f"rounding-{r}", scheme, task) for task in MODELS for scheme in SCHEMES for r in RANGES]
+
+
+def run_cell(cell: Cell, data: Path) -> dict[str, Any]:
+    """Quantize and measure."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from optimum_zsaq import PreQuantConfig
+    from optimum_zsaq.integrations.data import read_file
+    from optimum_zsaq.report import evaluation as ev
+
+    folder, window = MODELS[cell.task]
+    reference = AutoModelForCausalLM.from_pretrained(data / folder, dtype=torch.float32).eval()
+    text = "\n".join(read_file(data / "wikitext-2/test.txt")["text"])
+    tokens = ev.encode_text(ev.load_tokenizer(data / folder), text, TOKENS)
+    if cell.method == "float":
+        return {**ev.measure_perplexity(reference, tokens, window).metrics, "tokens": TOKENS}
+    config = PreQuantConfig(
+        **SCHEMES[cell.scheme], activation_bits=None, ranges=cell.method.removeprefix("rounding-"), seed=cell.seed
+    )
+    start = time.process_time()
+    model = AutoModelForCausalLM.from_pretrained(data / folder, dtype=torch.float32, quantization_config=config).eval()
+    seconds = round(time.process_time() - start, 1)
+    bits = _bits_a_weight(model)
+    found = ev.measure_perplexity(model.dequantize().eval(), tokens, window, reference)  # inputs are float: the same model
+    return {**found.metrics, **found.comparison, "bits": bits, "cpu_seconds": seconds, "tokens": TOKENS}
+
+
+def _bits_a_weight(model: Any) -> float:
+    """Of the Linear layers that own their weight: codes, scales, zero points and outliers, as they are stored."""
+    from optimum_zsaq.layers import PackedEmbedding
+    from optimum_zsaq.surgery import low_bit_layers
+
+    size = count = 0
+    for _, layer in low_bit_layers(model):
+        if layer.owner is layer and not isinstance(layer, PackedEmbedding):
+            stored = (p for name, p in layer.named_parameters(recurse=False) if name.startswith("weight_"))
+            size += sum(p.numel() * p.element_size() for p in stored)
+            rows, columns = layer.shape
+            count += rows * columns
+    return round(8 * size / count, 3)
+
+
+def tables(rows: dict[str, dict[str, Any]]) -> dict[str, str]:
+    """The tables of docs/methods/language_models.md, by name."""
+    return {**{task: _table(rows, task) for task in MODELS}, "circumstances": circumstances(rows)}
+
+
+def _table(rows: dict[str, dict[str, Any]], task: str) -> str:
+    header = ["scheme", "ranges", "bits a weight", "perplexity", "of the float model's", "KL", "equal tokens, %", "CPU s"]
+    float_row = rows.get(f"{task}/float/float32/0")
+    lines = []
+    if float_row:
+        lines.append([f"float, {TITLES[task]}", "", "32", f"{float_row['perplexity']:.2f}", "1.000", "", "", ""])
+    for scheme in SCHEMES:
+        for ranges in RANGES:
+            row = rows.get(f"{task}/rounding-{ranges}/{scheme}/0")
+            if row and float_row:
+                ratio = row["perplexity"] / float_row["perplexity"]
+                figures = [f"{row['bits']:.2f}", f"{row['perplexity']:.2f}", f"{ratio:.3f}", f"{row['kl']:.4f}"]
+                lines.append([scheme, ranges, *figures, f"{100 * row['agreement']:.1f}", f"{row['cpu_seconds']:.0f}"])
+    return markdown(header, lines)

@@ -1,0 +1,99 @@
+"""Rounding that looks at the layers' inputs first: `PreQuantConfig(ranges="energy")`."""
+
+import pytest
+import torch
+import transformers as tf
+from conformance import exactly
+from tiny_models import logits, make, make_tokenizer
+from transformers import AutoConfig
+
+from optimum_zsaq import MREMConfig, PreQuantConfig, SQuATConfig, ZSAQConfig, pack, prepare
+from optimum_zsaq.algorithms.energy import input_energies
+from optimum_zsaq.integrations.forms import sampled_batches
+from optimum_zsaq.integrations.rounding import _SEQUENCES
+from optimum_zsaq.kinds import kind_of
+from optimum_zsaq.surgery import low_bit_layers, select
+
+
+SCHEME = {"weight_bits": 4, "granularity": "group", "group_size": 8}
+
+
+def distance(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    """Squared, relative."""
+    return ((found - wanted).square().sum() / wanted.square().sum()).item()
+
+
+def load(folder, cls, **settings):
+    config = PreQuantConfig(**{**SCHEME, "ranges": "energy", **settings})
+    return cls.from_pretrained(folder, quantization_config=config).eval()
+
+
+@pytest.mark.parametrize("name", ["llama-tied", "gpt2-tied", "bert-cls", "t5-tied"])
+def test_is_what_its_parts_make_of_the_float_model(name, tmp_path):
+    float_model = make(name).eval()
+    float_model.save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    found = load(tmp_path, type(float_model), seed=3)
+    reference = type(float_model).from_pretrained(tmp_path).eval()
+    scheme = PreQuantConfig(**SCHEME).scheme()
+    names = [n for n in select(reference, scheme) if not kind_of(reference.get_submodule(n)).table]
+    energies = input_energies(reference, names, sampled_batches(reference, _SEQUENCES, 3))
+    assert set(energies) == set(names)
+    pack(prepare(reference, scheme, "energy", energies))
+    assert torch.equal(logits(exactly(found)), logits(exactly(reference)))
+
+
+def test_saves_reloads_and_says_how_it_was_made(tmp_path):
+    float_model = make("llama-tied")
+    float_model.save_pretrained(tmp_path / "float")
+    found = load(tmp_path / "float", type(float_model))
+    found.save_pretrained(tmp_path / "out")
+    again = type(float_model).from_pretrained(tmp_path / "out").eval()
+    assert torch.equal(logits(found), logits(again))
+    recipe = AutoConfig.from_pretrained(tmp_path / "out").quantization_config["recipe"]
+    assert (recipe["ranges"], recipe["calibration"]["kind"]) == ("energy", "sampled token sequences")
+    assert recipe["calibration"]["count"] == _SEQUENCES
+
+
+def test_is_nearer_to_the_float_model_where_inputs_have_strong_channels(tmp_path):
+    float_model = make("llama-untied").eval()
+    with torch.no_grad():
+        for name, p in float_model.named_parameters():
+            if "layernorm" in name:
+                p[::9] *= 12.0  # and their weights are small: what they carry together is as much as elsewhere
+            if name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight", "gate_proj.weight", "up_proj.weight")):
+                p[:, ::9] /= 4.0
+    float_model.save_pretrained(tmp_path)
+    wanted = logits(float_model)
+    plain = {**SCHEME, "activation_bits": None, "embedding_bits": None}
+    found = distance(logits(load(tmp_path, type(float_model), **plain)), wanted)
+    for ranges in ("mse", "minmax", "signed"):
+        other = load(tmp_path, type(float_model), **{**plain, "ranges": ranges})
+        assert found < 0.8 * distance(logits(other), wanted)
+
+
+def test_layers_that_the_checkpoint_lacks_stay_float(tmp_path):
+    make("bert").save_pretrained(tmp_path)
+    config = tf.AutoConfig.from_pretrained(tmp_path)
+    body = tf.BertModel(config, add_pooling_layer=False)
+    body.save_pretrained(tmp_path / "body")
+    found = load(tmp_path / "body", tf.BertModel)
+    assert type(found.pooler.dense) is torch.nn.Linear
+    assert "pooler.dense" in found.config.quantization_config.modules["float"]
+
+
+def test_fake_quantized_and_static(tmp_path):
+    float_model = make("bert-cls")
+    float_model.save_pretrained(tmp_path)
+    trained = load(tmp_path, type(float_model), packed=False)
+    assert all(type(layer) is kind_of(layer).fake for _, layer in low_bit_layers(trained))
+    static = load(tmp_path, type(float_model), activations="static", calibration_samples=8)
+    ranges = [layer.input_scale for _, layer in low_bit_layers(static) if layer.spec.inputs is not None]
+    assert ranges
+    assert all(torch.isfinite(scale).all() for scale in ranges)
+
+
+@pytest.mark.parametrize("config", [ZSAQConfig, MREMConfig, SQuATConfig])
+def test_methods_that_train_refuse_it(config):
+    with pytest.raises(ValueError, match="ranges='energy' is not allowed; use one of"):
+        config(ranges="energy")
