@@ -22,11 +22,12 @@ ZSAQ: dict[str, dict[str, Any]] = {"zsaq": {}, "one-token": {"generator": "one t
 
 
 def cells() -> list[Cell]:
-    """Rounding, then the first seed of every setting, the bad sources, the other seeds."""
+    """Rounding, then the first seed of the pair tasks, the bad sources, the other tasks, the other seeds."""
     found = [Cell("float", "float32", task) for task in TASKS]
     found += [Cell("rounding", scheme, task) for task in TASKS for scheme in SCHEMES]
-    found += [Cell("zsaq", scheme, task) for task in (*PAIRS, *SINGLES) for scheme in SCHEMES]
+    found += [Cell("zsaq", scheme, task) for task in PAIRS for scheme in SCHEMES]
     found += [Cell(method, scheme, "part") for method in ("one-token", "single", "rate") for scheme in SCHEMES[::2]]
+    found += [Cell("zsaq", scheme, task) for task in SINGLES for scheme in SCHEMES]
     return found + [Cell("zsaq", scheme, task, seed) for seed in SEEDS[1:] for task in TASKS for scheme in SCHEMES]
 
 
