@@ -26,6 +26,7 @@ _MINIMAX = {
 }
 _TOKENS = {"batch_size": 2**10, "written_sequences": 2**16, "start_sequences": 2**14}  # what None stands for, in tokens
 _RATES = {2: (2e-4, 1e-4), 3: (1e-4, 1e-4)}  # of weights and of step sizes, by the bits of a weight
+_COARSEST = (3e-4, 1e-4)  # at 2 bits with one scale a matrix
 _GENTLE = (3e-5, 3e-5)  # from 4 bits on, where there is little to be won; with coarser inputs as at 3 bits
 _COARSE = 4  # bits of inputs
 _SHARPNESS = {"rho": 0.0, "adaptive": False, "perturb": "quantized"}
@@ -51,7 +52,8 @@ class ZSAQConfig(LowBitConfig):
         sequence_length (`int`, *optional*): tokens of the longest sequence; None: 32 for encoder-decoder models that write,
             else 128, or what the model has positions for.
         learning_rate, scale_learning_rate (`float`, *optional*): of the weights, and of the step sizes of weights and
-            static inputs; None: 2e-4 and 1e-4 at 2 bits, both 1e-4 at 3 bits or with inputs of at most 4, else 3e-5.
+            static inputs; None: 2e-4 and 1e-4 at 2 bits (3e-4 with one scale a matrix), both 1e-4 at 3 bits or with inputs
+            of at most 4, else 3e-5.
         generator: "noise": tokens drawn from a guess of how frequent each is; "teacher": what the model itself writes (a
             decoder), or answers to noise (an encoder-decoder model); the path or Hub id of a causal language model, or one
             in memory, which writes text; "auto": "teacher" where the model can write, else "noise"; or
@@ -119,11 +121,17 @@ class ZSAQConfig(LowBitConfig):
         """What `algorithms/minimax.py` is given."""
         sharpness = SharpnessSettings(**{name: getattr(self, name) for name in _SHARPNESS})
         given = {name: getattr(self, name) for name in _MINIMAX}
-        coarse = self.activation_bits is not None and self.activation_bits <= _COARSE
-        rate, scale_rate = _RATES.get(self.weight_bits, _RATES[3] if coarse else _GENTLE)
+        rate, scale_rate = self._usual_rates()
         usual = {"batch_size": MinimaxSettings.batch_size, "learning_rate": rate, "scale_learning_rate": scale_rate}
         given |= {name: value for name, value in usual.items() if given[name] is None}
         return MinimaxSettings(sharpness=sharpness, **given)
+
+    def _usual_rates(self) -> tuple[float, float]:
+        """Of weights and of step sizes, where nobody gave them: our choice, measured in docs/methods/zsaq_forms.md."""
+        if (self.weight_bits, self.granularity) == (2, "tensor"):
+            return _COARSEST
+        coarse_inputs = self.activation_bits is not None and self.activation_bits <= _COARSE
+        return _RATES.get(self.weight_bits, _RATES[3] if coarse_inputs else _GENTLE)
 
     def sized(self, longest: int, batch_tokens: int = _TOKENS["batch_size"]) -> "ZSAQConfig":
         """A copy whose counts of sequences are all set.

@@ -309,6 +309,7 @@ def test_an_untrained_head_is_refused(tmp_path):
     ("bits", "rates"),
     [
         ({"weight_bits": 2}, (2e-4, 1e-4)),
+        ({"weight_bits": 2, "granularity": "tensor"}, (3e-4, 1e-4)),
         ({"weight_bits": 3}, (1e-4, 1e-4)),
         ({"weight_bits": 4}, (3e-5, 3e-5)),
         ({"weight_bits": 4, "activation_bits": None}, (3e-5, 3e-5)),
