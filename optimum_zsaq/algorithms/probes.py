@@ -138,7 +138,8 @@ class Guard:
         run (`Minimax`): whose student is rounded when the guard is made.
         probes (`list[Probe]`): what to measure on.
         keeps (`bool`): whether a copy of the best state is made; without, `restore` is not to be called.
-        below (`float`): a state takes rounding's place if its distance is below this share of rounding's. Inputs that
+        below (`float`): a state takes rounding's place if its distance is below this share of rounding's; of those that do,
+            the nearest on all probes is kept. Inputs that
             nobody wrote are unlike text, and a small gain on them is none on text: `UNWRITTEN`.
     """
 
@@ -156,8 +157,8 @@ class Guard:
         if stage == ROUNDED:
             return found
         self.worse[stage] = [name for name in found if self._is_worse(name, found[name])]
-        least = min(self.distance(self.chosen), self.below)
-        if self.keeps and not self.worse[stage] and self.distance(stage) < least:
+        allowed = not self.worse[stage] and self.distance(stage) < self.below
+        if self.keeps and allowed and self.distance(stage, unlike=True) < self.distance(self.chosen, unlike=True):
             self._best = (stage, [p.detach().clone() for p in self.run.trained])
         return found
 
@@ -166,9 +167,12 @@ class Guard:
         """The best state so far."""
         return self._best[0]
 
-    def distance(self, stage: str) -> float:
-        """How far a state is from the teacher on inputs as training has them, over how far rounding is."""
-        like = [probe.name for probe in self.probes if not probe.unlike]
+    def distance(self, stage: str, unlike: bool = False) -> float:
+        """How far a state is from the teacher on inputs as training has them, over how far rounding is.
+
+        With `unlike` on all probes: more inputs, which tell two states apart with less noise.
+        """
+        like = [probe.name for probe in self.probes if unlike or not probe.unlike]
         sums = [sum(self.measured[s][name].deciding.mean().item() for name in like) for s in (stage, ROUNDED)]
         return _ratio(*sums)
 
