@@ -29,9 +29,9 @@ TITLES = {"smollm2": "SmolLM2-135M-Instruct", "wikitext": "wikitext-opt, 8.5 M w
 
 
 def cells() -> list[Cell]:
-    """The float models, then the real one."""
+    """The float models, then scheme by scheme."""
     found = [Cell("float", "float32", task) for task in MODELS]
-    return found + [Cell(f"rounding-{r}", scheme, task) for task in MODELS for scheme in SCHEMES for r in RANGES]
+    return found + [Cell(f"rounding-{r}", scheme, task) for scheme in SCHEMES for task in MODELS for r in RANGES]
 
 
 def run_cell(cell: Cell, data: Path) -> dict[str, Any]:

@@ -139,8 +139,8 @@ class Guard:
         probes (`list[Probe]`): what to measure on.
         keeps (`bool`): whether a copy of the best state is made; without, `restore` is not to be called.
         below (`float`): a state takes rounding's place if its distance is below this share of rounding's; of those that do,
-            the nearest on all probes is kept. Inputs that
-            nobody wrote are unlike text, and a small gain on them is none on text: `UNWRITTEN`.
+            the nearest on all probes is kept. Inputs that nobody wrote are unlike text, and a small gain on them is none
+            on text: `UNWRITTEN`.
     """
 
     def __init__(self, run: Minimax, probes: list[Probe], keeps: bool = True, below: float = 1.0):
