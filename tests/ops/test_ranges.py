@@ -228,7 +228,7 @@ def test_signed_puts_the_code_more_where_the_longest_weight_is():
 
 class TestErrors:
     def test_unknown_method(self):
-        known = r"\['lsq', 'minmax', 'mse', 'signed', 'ternary'\]"
+        known = r"\['energy', 'lsq', 'minmax', 'mse', 'signed', 'ternary'\]"
         with pytest.raises(ValueError, match=f"ranges='max' is unknown; use one of {known}"):
             find_ranges(torch.ones(2, 3), QuantSpec(4), "max")
 

@@ -339,7 +339,7 @@ def test_evaluation_is_the_trainers(tmp_path):
 
 class TestArguments:
     def test_defaults_are_the_configs(self, tmp_path):
-        args, config = ZSAQArguments(str(tmp_path)), ZSAQConfig(weight_bits=2)
+        args, config = ZSAQArguments(str(tmp_path)), ZSAQConfig(weight_bits=3)
         assert args.settings() == config.settings()
         assert args.get_warmup_steps(300) == 30
         assert args.lr_scheduler_type == "cosine"
