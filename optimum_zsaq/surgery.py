@@ -128,12 +128,18 @@ def prepare(
         `nn.Module`: the same model.
 
     Raises:
-        ValueError: see `select` and `ops.find_ranges`; the model is packed already.
+        ValueError: see `select` and `ops.find_ranges`; the model is packed already; energies without "energy", or the other
+            way round.
     """
     if any(isinstance(module, PackedLinear | PackedEmbedding) for module in model.modules()):
         raise ValueError("the model is packed and has no float weights to prepare; call unpack(model) first")
     if ranges not in (*RANGES, "auto"):
         raise ValueError(f"ranges={ranges!r} is unknown; use one of {sorted((*RANGES, 'auto'))}")
+    if (ranges == "energy") != (energies is not None):
+        raise ValueError(
+            f"ranges={ranges!r} and energies={'None' if energies is None else 'given'} do not go together; use "
+            "ranges='energy' with what algorithms.energy.input_energies(model, names, batches) finds, or neither"
+        )
     if ranges == "ternary" and not scheme.weights.ternary:
         raise ValueError("ranges='ternary' needs ternary weights; use QuantSpec(bits=2, ternary=True)")
     table = {n: row for n, row in select(model, scheme).items() if not isinstance(model.get_submodule(n), LowBitLayer)}

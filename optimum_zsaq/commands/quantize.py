@@ -31,8 +31,6 @@ _EXAMPLES = """examples:
 
 
 _ALGORITHM_HELP = "prequant: data-free rounding; zsaq: training without data; mrem: on texts (default: prequant)"
-
-
 _RANGES_HELP = (
     "mse, minmax, signed, lsq; ternary (2 bits); energy (prequant: errors count by what inputs carry, for language "
     "models); auto, of zsaq and mrem the default, else mse"
@@ -83,7 +81,7 @@ class QuantizeCommand(Command):
         parser.add_argument(
             "--learning-rate",
             type=float,
-            help="zsaq, mrem: of the weights (default: zsaq by the bits, from 2e-4 at 2 to 3e-5 from 4 on; mrem 3e-4)",
+            help="zsaq, mrem: of the weights (default: zsaq by the bits, 3e-4 to 3e-5; mrem 3e-4)",
         )
         parser.add_argument("--rho", type=float, help="zsaq: radius of SAM, 0 for none (default: 0)")
         parser.add_argument("--generator", help="zsaq: noise, teacher, or a causal language model (default: auto)")

@@ -129,3 +129,8 @@ def _crcs(file: Path, start: int, tensors: dict[str, Any]) -> Iterator[tuple[str
                 yield name, zlib.crc32(view[start + first : start + last])
         finally:
             view.release()
+
+
+def is_read(parameter: Tensor) -> bool:
+    """Whether transformers read a Parameter from the checkpoint; one that is new has values that were made up."""
+    return getattr(parameter, "_is_hf_initialized", False)

@@ -28,7 +28,7 @@ from ..surgery import (
     swap,
     unpack,
 )
-from .checkpoint import CheckpointError, header, verify_files
+from .checkpoint import CheckpointError, header, is_read, verify_files
 from .configs import LowBitConfig, body_name
 from .recipe import calibrate_on_load, write_recipe
 from .reconstruct import reconstruct_on_load
@@ -253,7 +253,7 @@ class LowBitQuantizer(HfQuantizer):
     def _check_complete(self, model: PreTrainedModel) -> None:
         """Every tensor that was saved and that this model has must have been read; transformers would make a random one."""
         absent = {body_name(model, name) for name in self.absent}
-        lost = [name for name, p in model.named_parameters() if body_name(model, name) in absent and not _is_read(p)]
+        lost = [name for name, p in model.named_parameters() if body_name(model, name) in absent and not is_read(p)]
         if lost:
             raise CheckpointError(
                 f"the checkpoint is incomplete or damaged: it was saved with {lost[:3]}, which its files do not have; "
@@ -277,7 +277,7 @@ class LowBitQuantizer(HfQuantizer):
         if not self.quantization_config.packed:
             return True
         tensors = ("weight_codes", "weight_scale", "weight_zero_point", "weight_outlier_positions")
-        read = [_is_read(getattr(layer, t)) for t in tensors if getattr(layer, t) is not None]
+        read = [is_read(getattr(layer, t)) for t in tensors if getattr(layer, t) is not None]
         if any(read) and not all(read):
             raise CheckpointError(
                 f"the config and the weights disagree: the checkpoint lacks some tensors of {name}; "
@@ -320,10 +320,6 @@ def _check_calibrated(model: PreTrainedModel) -> None:
     for name, layer in low_bit_layers(model):
         if layer.input_scale is not None and layer.input_scale.isnan().any():
             raise ValueError(f"the static input range of {name} was never set; call optimum_zsaq.calibrate(model, batches)")
-
-
-def _is_read(parameter: nn.Parameter) -> bool:
-    return getattr(parameter, "_is_hf_initialized", False)
 
 
 def _empty_float(layer: LowBitLayer, _: Any) -> nn.Module:

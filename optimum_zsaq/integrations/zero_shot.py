@@ -18,6 +18,7 @@ from ..algorithms.generators import Generator, PriorSource, Source, WrittenSourc
 from ..algorithms.minimax import Minimax, MinimaxSettings
 from ..algorithms.probes import UNWRITTEN, Guard, hold_out, make_probes
 from ..surgery import pack, prepare
+from .checkpoint import is_read
 from .closing import ROUNDED, TRAINED
 from .data import tokenizer_or_none, uncached_batch
 from .forms import input_mixture, longest_sequence, make_inputs, vocabulary_prior
@@ -226,7 +227,7 @@ def check_all_read(model: PreTrainedModel, method: str) -> None:
     Raises:
         ValueError: weights that were not in the checkpoint.
     """
-    new = [name for name, p in model.named_parameters() if not getattr(p, "_is_hf_initialized", False)]
+    new = [name for name, p in model.named_parameters() if not is_read(p)]
     if new:
         raise ValueError(
             f"the checkpoint has no {new[:3]}: {method} trains against the float model's answers, which an untrained head "

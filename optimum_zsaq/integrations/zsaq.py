@@ -26,9 +26,9 @@ _MINIMAX = {
 }
 _TOKENS = {"batch_size": 2**10, "written_sequences": 2**16, "start_sequences": 2**14}  # what None stands for, in tokens
 _RATES = {2: (2e-4, 1e-4), 3: (1e-4, 1e-4)}  # of weights and of step sizes, by the bits of a weight
-_COARSEST = (3e-4, 1e-4)  # at 2 bits with one scale a matrix
+_ONE_SCALE = (3e-4, 1e-4)  # at 2 bits with one scale a matrix
 _GENTLE = (3e-5, 3e-5)  # from 4 bits on, where there is little to be won; with coarser inputs as at 3 bits
-_COARSE = 4  # bits of inputs
+_COARSE_INPUTS = 4  # bits
 _SHARPNESS = {"rho": 0.0, "adaptive": False, "perturb": "quantized"}
 _OWN = {
     "sequence_length": None,
@@ -129,8 +129,8 @@ class ZSAQConfig(LowBitConfig):
     def _usual_rates(self) -> tuple[float, float]:
         """Of weights and of step sizes, where nobody gave them: our choice, measured in docs/methods/zsaq_forms.md."""
         if (self.weight_bits, self.granularity) == (2, "tensor"):
-            return _COARSEST
-        coarse_inputs = self.activation_bits is not None and self.activation_bits <= _COARSE
+            return _ONE_SCALE
+        coarse_inputs = self.activation_bits is not None and self.activation_bits <= _COARSE_INPUTS
         return _RATES.get(self.weight_bits, _RATES[3] if coarse_inputs else _GENTLE)
 
     def sized(self, longest: int, batch_tokens: int = _TOKENS["batch_size"]) -> "ZSAQConfig":

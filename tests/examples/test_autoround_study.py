@@ -4,23 +4,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from studies import load_study
 
 from optimum_zsaq.surgery import select
 
 
-STUDY = Path(__file__).parents[2] / "examples" / "study"
-MODULES = ("autoround", "bootstrap", "mrem", "mrem_tables", "prequant", "prequant_tables", "runner", "zsaq", "zsaq_tables")
-
-
 @pytest.fixture
 def study(monkeypatch):
-    """The study's module, with the ones beside it."""
-    for name in MODULES:
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    monkeypatch.syspath_prepend(str(STUDY))
-    import autoround
-
-    return autoround
+    return load_study(monkeypatch, "autoround")
 
 
 def a_cell(study, method):

@@ -5,22 +5,15 @@ import sys
 from pathlib import Path
 
 import pytest
+from studies import STUDY, load_study
 
 
 ROOT = Path(__file__).parents[2]
-STUDY = ROOT / "examples" / "study"
-MODULES = ("forms", "forms_tables", "forms_tasks", "prequant", "prequant_tables", "runner", "zsaq", "zsaq_tables")
 
 
 @pytest.fixture
 def study(monkeypatch):
-    """The study's module, with the ones beside it."""
-    for name in MODULES:
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    monkeypatch.syspath_prepend(str(STUDY))
-    import forms
-
-    return forms
+    return load_study(monkeypatch, "forms")
 
 
 @pytest.fixture

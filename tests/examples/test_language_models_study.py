@@ -5,23 +5,16 @@ import sys
 from pathlib import Path
 
 import pytest
+from studies import STUDY, load_study
 from tiny_models import make, make_tokenizer
 
 
 ROOT = Path(__file__).parents[2]
-STUDY = ROOT / "examples" / "study"
-MODULES = ("language_models", "prequant_tables", "runner")
 
 
 @pytest.fixture
 def study(monkeypatch):
-    """The study's module, with the ones beside it."""
-    for name in MODULES:
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    monkeypatch.syspath_prepend(str(STUDY))
-    import language_models
-
-    return language_models
+    return load_study(monkeypatch, "language_models")
 
 
 def test_every_cell_is_there_once(study):

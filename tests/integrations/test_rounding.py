@@ -93,6 +93,22 @@ def test_fake_quantized_and_static(tmp_path):
     assert all(torch.isfinite(scale).all() for scale in ranges)
 
 
+def test_the_texts_of_static_ranges_stay_in_the_recipe(tmp_path):
+    float_model = make("bert-cls")
+    float_model.save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    found = load(tmp_path, type(float_model), activations="static", calibration_data=["the cat sat", "a dog ran"])
+    data = found.config.quantization_config.recipe["calibration"]
+    assert (data["count"], data["energy_sequences"]) == (2, _SEQUENCES)
+    assert data["kind"] != "sampled token sequences"
+
+
+@pytest.mark.parametrize(("ranges", "energies"), [("energy", None), ("mse", {})])
+def test_prepare_takes_energies_with_that_method_alone(ranges, energies):
+    with pytest.raises(ValueError, match="do not go together; use ranges='energy' with"):
+        prepare(make("bert-cls"), PreQuantConfig(**SCHEME).scheme(), ranges, energies)
+
+
 @pytest.mark.parametrize("config", [ZSAQConfig, MREMConfig, SQuATConfig])
 def test_methods_that_train_refuse_it(config):
     with pytest.raises(ValueError, match="ranges='energy' is not allowed; use one of"):
