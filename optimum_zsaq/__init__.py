@@ -14,7 +14,7 @@ _EXPORTS = {
     "LowBitConfig": "integrations.configs",
     "MREMConfig": "integrations.mrem",
     "OutlierConfig": "integrations.peft",
-    "PreQuantConfig": "integrations.configs",
+    "PreQuantConfig": "integrations.prequant",
     "QuantScheme": "spec",
     "QuantSpec": "spec",
     "SQuATArguments": "trainers.squat",

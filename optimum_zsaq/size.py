@@ -13,6 +13,7 @@ _PART_OF = {
     "weight_codes": "codes",
     "weight_scale": "scales",
     "weight_zero_point": "scales",
+    "weight_minimum": "scales",
     "input_scale": "scales",
     "input_zero_point": "scales",
     "weight_outlier_positions": "outliers",
@@ -23,7 +24,7 @@ _PART_OF = {
 
 @dataclass
 class ModelSize:
-    """Bytes, weights and layers by part: "codes", "scales" (and zero points), "outliers", "markers" and "float".
+    """Bytes, weights and layers by part: "codes", "scales" (zero points and minima too), "outliers", "markers" and "float".
 
     `parameters` counts every weight of the float model once. Markers are counted as on disk, one byte a row.
     """

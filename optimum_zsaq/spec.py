@@ -10,13 +10,14 @@ BITS = range(2, 9)
 WEIGHT_GRANULARITIES = ("tensor", "row", "group")
 INPUT_GRANULARITIES = ("tensor", "token")
 OUTLIER_SCOPES = ("matrix", "row")
+SCALE_BITS = (16, 32)
 
 
 @dataclass(frozen=True)
 class QuantSpec:
     """What the integer codes of one tensor mean.
 
-    Shapes, for a weight (O, I), of its scale (and zero point):
+    Shapes, for a weight (O, I), of its scale (and zero point or minimum):
         "tensor" -> (1, 1); "row" -> (O, 1); "group" with `group_size=g` -> (O, ceil(I / g)), the last group may be short.
     For the input (..., I) of a layer: "tensor" (static) -> (1, 1); "token" (dynamic) -> (..., 1), found at run time.
 
@@ -26,6 +27,9 @@ class QuantSpec:
         group_size (`int`, *optional*): consecutive values of a row that share a scale; exactly with "group".
         symmetric (`bool`): True: signed codes, the full range [-2^(bits-1), 2^(bits-1) - 1], value = code * scale.
             False: codes in [0, 2^bits - 1] and an integer zero point z, value = (code - z) * scale.
+        minimum (`bool`): in place of the zero point a float minimum m, value = code * scale + m, as llama.cpp's Q4_1 has
+            it; asymmetric weights only.
+        scale_bits (`int`): width of a stored scale (and minimum): 32 (float32) or 16 (float16).
         ternary (`bool`): three levels {-1, 0, 1} * scale, a weight is zero where it is at most 0.7 times its slice's
             mean magnitude (TWN, https://huggingface.co/papers/1605.04711, section 3.1); 2 bits, symmetric.
 
@@ -38,6 +42,8 @@ class QuantSpec:
     group_size: int | None = None
     symmetric: bool = True
     ternary: bool = False
+    minimum: bool = False
+    scale_bits: int = 32
 
     def __post_init__(self):
         if isinstance(self.bits, bool) or not isinstance(self.bits, int) or self.bits not in BITS:
@@ -61,6 +67,10 @@ class QuantSpec:
                 f"ternary codes have three levels around zero and got bits={self.bits!r}, "
                 f"symmetric={self.symmetric!r}; use bits=2, symmetric=True"
             )
+        if self.minimum and self.symmetric:
+            raise ValueError("minimum=True is for asymmetric codes and got symmetric=True; use symmetric=False")
+        if isinstance(self.scale_bits, bool) or self.scale_bits not in SCALE_BITS:
+            raise ValueError(f"scale_bits={self.scale_bits!r} is not a width of scales; use one of {SCALE_BITS}")
 
     @property
     def lowest(self) -> int:
@@ -114,6 +124,8 @@ class LayerSpec:
             raise ValueError(f"an input has no granularity={self.inputs.granularity!r}; use one of {INPUT_GRANULARITIES}")
         if self.inputs is not None and self.inputs.symmetric:
             raise ValueError("inputs always have a zero point and got symmetric=True; use symmetric=False")
+        if self.inputs is not None and (self.inputs.minimum or self.inputs.scale_bits != 32):
+            raise ValueError("inputs have an integer zero point and a float32 scale; leave out minimum and scale_bits")
         if not 0.0 <= self.outliers < 1.0:
             raise ValueError(f"outliers={self.outliers!r} is not a share of the weights; use a number in [0, 1)")
         if self.outlier_scope not in OUTLIER_SCOPES:

@@ -90,14 +90,17 @@ LAYERS = {
 
 def spec_id(spec: QuantSpec) -> str:
     """A readable test id: "w3-group5-asymmetric"."""
-    form = "ternary" if spec.ternary else "symmetric" if spec.symmetric else "asymmetric"
-    return f"w{spec.bits}-{spec.granularity}{spec.group_size or ''}-{form}"
+    form = "ternary" if spec.ternary else "symmetric" if spec.symmetric else "minimum" if spec.minimum else "asymmetric"
+    return f"w{spec.bits}-{spec.granularity}{spec.group_size or ''}-{form}{'-half' if spec.scale_bits == 16 else ''}"
 
 
 def weight_specs(bits: range | tuple[int, ...] = BITS, ternary: bool = True) -> list[QuantSpec]:
-    """Every granularity, symmetric and not, of some widths, and the ternary codes."""
+    """Every granularity, symmetric, with zero points and with minima, of some widths, and the ternary codes."""
     layouts = (("tensor", None), ("row", None), ("group", GROUP))
     specs = [QuantSpec(b, name, size, s) for b in bits for name, size in layouts for s in (True, False)]
+    specs += [QuantSpec(b, "group", GROUP, False, minimum=True, scale_bits=16) for b in bits]
+    specs += [QuantSpec(b, "row", None, False, minimum=True) for b in bits[-1:]]
+    specs += [QuantSpec(b, "group", GROUP, scale_bits=16) for b in bits[:1]]
     return specs + [QuantSpec(2, name, size, ternary=True) for name, size in layouts if ternary]
 
 
@@ -197,6 +200,12 @@ SCHEMES = {
     ),
     "w3a4e6-outliers": Row(
         QuantScheme(QuantSpec(3), QuantSpec(6, symmetric=False), QuantSpec(4, "token", symmetric=False), (), outliers=0.05)
+    ),
+    "w4e8-minimum": Row(
+        QuantScheme(
+            QuantSpec(4, "group", 4, False, minimum=True, scale_bits=16), QuantSpec(8, "group", 4, scale_bits=16), DYNAMIC
+        ),
+        "mse",
     ),
     "w7-skips": Row(QuantScheme(QuantSpec(7, symmetric=False), skip=("head",)), "lsq"),
 }

@@ -8,7 +8,7 @@ from tolerances import KERNEL, relative_error
 from torch import Tensor
 
 from optimum_zsaq.kernels import KERNELS, PackedTensors
-from optimum_zsaq.ops import pack_codes
+from optimum_zsaq.ops import pack_codes, scale_dtype
 from optimum_zsaq.spec import LayerSpec, QuantSpec
 
 
@@ -24,7 +24,7 @@ INPUTS = {
 def packed_weight(
     rows: int, columns: int, spec: LayerSpec | QuantSpec, seed: int = 0, unit: bool = False, **fields
 ) -> PackedTensors:
-    """A weight (rows, columns) of random codes, which use their whole width, and random zero points, extremes included.
+    """A weight (rows, columns) of random codes, which use their whole width, and zero points or minima, extremes included.
 
     With `unit` all scales are 1. `fields` are those of `PackedTensors`.
     """
@@ -38,10 +38,11 @@ def packed_weight(
     shape = weight.scale_shape(rows, columns)
     codes = draw(weight.lowest + weight.offset, weight.highest + weight.offset, rows, columns).to(torch.uint8)
     scale = torch.ones(shape) if unit else 10 ** (-2 * torch.rand(shape, generator=generator))
-    tensors = {"codes": pack_codes(codes, weight.bits), "scale": scale}
+    tensors = {"codes": pack_codes(codes, weight.bits), "scale": scale.to(scale_dtype(weight))}
     if not weight.symmetric:
-        tensors["zero_point"] = draw(0, weight.highest, *shape).to(torch.uint8)
-        tensors["zero_point"].view(-1)[:2] = torch.tensor([0, weight.highest])[: tensors["zero_point"].numel()]
+        shift = draw(0, weight.highest, *shape)
+        shift.view(-1)[:2] = torch.tensor([0, weight.highest])[: shift.numel()]
+        tensors["shift"] = (-scale * shift).to(scale_dtype(weight)) if weight.minimum else shift.to(torch.uint8)
     if count := spec.outlier_count(rows, columns):
         positions = torch.randperm(rows * columns, generator=generator)[:count].sort().values
         tensors["outlier_positions"] = positions.to(torch.int32)

@@ -13,19 +13,16 @@ unlike real ones; how much is our choice.
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from ..layers import LowBitLayer
-from ..ops import fake_quantize
+from ..ops import fake_quantize, stored_scale
 from ..ops.affine import expand_slices
-from ..spec import QuantSpec
+from .energy import counted, masks
 from .replay import Call, Replay, layer_inputs, linear_layers, run, units
-
-
-_MASKS = ("attention_mask", "decoder_attention_mask")
 
 
 @dataclass(frozen=True)
@@ -36,6 +33,8 @@ class CompensationSettings:
         alpha (`float`): share of the correction for changed inputs, 0 to 1.
         damping (`float`): added to the diagonal of X X^T, as a share of its mean.
         block (`int`): columns whose errors are spread among themselves before the rest of the matrix is touched.
+        ranges (`str`, *optional*): "energy": each layer's ranges are found anew, for the energies of the inputs that it has
+            here (`ops/ranges.py`); None: they stay as they are.
 
     Raises:
         ValueError: a value out of range.
@@ -44,6 +43,7 @@ class CompensationSettings:
     alpha: float = 0.25
     damping: float = 0.01
     block: int = 128
+    ranges: str | None = None
 
     def __post_init__(self):
         if not (isinstance(self.alpha, int | float) and 0.0 <= self.alpha <= 1.0):
@@ -52,6 +52,8 @@ class CompensationSettings:
             raise ValueError(f"damping={self.damping!r} is not allowed; use a number above 0, such as 0.01")
         if not isinstance(self.block, int) or self.block < 1:
             raise ValueError(f"block={self.block!r} is no count of columns; use at least 1, such as 128")
+        if self.ranges not in (None, "energy"):
+            raise ValueError(f"ranges={self.ranges!r} is not allowed; use 'energy', or None to leave ranges as they are")
 
 
 @torch.no_grad()
@@ -64,7 +66,7 @@ def compensate(
 ) -> nn.Module:
     """Move the float weights of a student so that they round to codes whose errors make up for each other, in place.
 
-    Scales stay as they are. Layers that no batch reaches, and tables, are left as they were rounded.
+    Layers that no batch reaches, and tables, are left as they were rounded.
 
     Args:
         teacher (`nn.Module`): the float model.
@@ -117,12 +119,12 @@ def compensate_units(
         settings (`CompensationSettings`): how.
         watch (`Callable`): told each unit and the share of all that is done, before it is worked on.
     """
-    masks = [[batch[name] for name in _MASKS if batch.get(name) is not None] for batch in replays[0].batches]
+    known = [masks(batch) for batch in replays[0].batches]
     for i, unit in enumerate(order):
         watch(unit, i / len(order))
         calls = [replay.inputs(unit) for replay in replays]
         modules = [replay.model.get_submodule(unit) for replay in replays]
-        outputs = _compensate_unit(*modules, *calls, masks, settings)
+        outputs = _compensate_unit(*modules, *calls, known, settings)
         for replay, returned in zip(replays, outputs, strict=True):
             replay.finish(unit, returned)
 
@@ -132,7 +134,7 @@ def _compensate_unit(
     student: nn.Module,
     teacher_calls: list[Call],
     student_calls: list[Call],
-    masks: list[list[Tensor]],
+    known: list[list[Tensor]],
     settings: CompensationSettings,
 ) -> tuple[list, list]:
     """Layers that share an input together, the groups in the order in which they run; gives both units' outputs."""
@@ -141,11 +143,12 @@ def _compensate_unit(
     wanted, outputs = layer_inputs(teacher, teacher_calls, first)
     for group, float_inputs in zip(groups, wanted, strict=True):
         layers = [student.get_submodule(name) for name in group]
-        (found,), _ = layer_inputs(student, student_calls, layers[:1])
+        once = all(len(inputs) == 1 for inputs in float_inputs)
+        (found,), _ = layer_inputs(student, student_calls, layers[:1], stop=once)
         if _shapes(found) != _shapes(float_inputs):  # a routed layer saw other tokens
             continue
         found = [[layers[0].quantize_inputs(x) for x in inputs] for inputs in found]
-        moments = _moments(found, float_inputs, masks)
+        moments = _moments(found, float_inputs, known)
         for layer in layers:
             compensate_layer(layer, *moments, settings)
     return outputs, run(student, student_calls)
@@ -185,19 +188,15 @@ def input_groups(unit: nn.Module, call: Call) -> list[list[str]]:
     return groups
 
 
-def _moments(found: list[list[Tensor]], wanted: list[list[Tensor]], masks: list[list[Tensor]]) -> tuple[Tensor, Tensor]:
+def _moments(found: list[list[Tensor]], wanted: list[list[Tensor]], masked: list[list[Tensor]]) -> tuple[Tensor, Tensor]:
     """X X^T and (X_float - X) X^T, each over the number of tokens. Shapes: inputs (..., I) -> 2 x (I, I) float32."""
     first = next(x for inputs in found for x in inputs)
     size = first.shape[-1]
     own, change = (torch.zeros(size, size, device=first.device) for _ in range(2))
     count = 0
-    for inputs, float_inputs, known in zip(found, wanted, masks, strict=True):
+    for inputs, float_inputs, known in zip(found, wanted, masked, strict=True):
         for x, y in zip(inputs, float_inputs, strict=True):
-            fitting = [mask.bool() for mask in known if mask.shape == x.shape[:-1]]
-            if fitting:
-                counts = torch.stack(fitting).all(dim=0)
-                x, y = x[counts], y[counts]
-            x, y = x.reshape(-1, size).float(), y.reshape(-1, size).float()
+            x, y = counted(x, known).float(), counted(y, known).float()
             own.addmm_(x.t(), x)
             change.addmm_((y - x).t(), x)
             count += len(x)
@@ -216,6 +215,9 @@ def compensate_layer(layer: LowBitLayer, own: Tensor, change: Tensor, settings: 
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
     if settings.alpha:
         weight = weight + settings.alpha * (weight @ change) @ inverse
+    if settings.ranges is not None:
+        layer.master().copy_(weight)
+        layer.find_ranges(settings.ranges, own.diagonal())
     order = torch.argsort(own.diagonal(), descending=True)  # the columns that count most are rounded first
     factor = torch.linalg.cholesky(inverse[order][:, order], upper=True)
     rounded = _round_columns(weight[:, order], factor, _column_rounding(layer, order), settings.block)
@@ -227,12 +229,12 @@ def compensate_layer(layer: LowBitLayer, own: Tensor, change: Tensor, settings: 
 def _column_rounding(layer: LowBitLayer, order: Tensor) -> Callable[[Tensor, int], Tensor]:
     """(column of weights (O,), its place in `order`) -> what its codes stand for (O,)."""
     spec, columns = layer.spec.weight, len(order)
-    per_row = QuantSpec(spec.bits, "row", symmetric=spec.symmetric)
+    per_row = replace(spec, granularity="row", group_size=None)
 
     def spread(tensor: Tensor | None) -> Tensor | None:
         return None if tensor is None else expand_slices(tensor, columns, spec).expand(layer.shape[0], columns)
 
-    scale, zero_point = spread(layer.weight_scale), spread(layer.weight_zero_point)
+    scale, shift = spread(stored_scale(layer.weight_scale, spec)), spread(layer.weight_shift)
     residual = None
     if layer.weight_outlier_positions is not None:
         residual = scale.new_zeros(layer.shape).flatten()
@@ -242,8 +244,8 @@ def _column_rounding(layer: LowBitLayer, order: Tensor) -> Callable[[Tensor, int
 
     def rounded(column: Tensor, place: int) -> Tensor:
         j = order[place]
-        z = None if zero_point is None else zero_point[:, j, None]
-        value = fake_quantize(column[:, None], scale[:, j, None], z, per_row)[:, 0]
+        of_column = None if shift is None else shift[:, j, None]
+        value = fake_quantize(column[:, None], scale[:, j, None], of_column, per_row)[:, 0]
         return value if residual is None else value + residual[:, j]
 
     return rounded

@@ -222,7 +222,9 @@ def start(
     memories: list[Memory] = [{} for _ in chosen]
     for stage in stages[: own[-1].index + 1]:
         if stage in own:
-            compensate_stage(teacher, student, stage, chosen, [(memory, memory) for memory in memories])
+            compensate_stage(
+                teacher, student, stage, chosen, [(memory, memory) for memory in memories], settings.start_ranges
+            )
         memories = [run_stage(teacher, stage, batch, m)[1] for batch, m in zip(chosen, memories, strict=True)]
 
 

@@ -51,6 +51,7 @@ class ReconstructionSettings:
         start (`str`): "compensated": before a stage is trained, its codes are made to make up for each other's errors
             (`compensation.py`); "rounding": each weight is rounded on its own.
         start_batches (`int`): batches that "compensated" looks at, spread evenly over all.
+        start_ranges (`str`, *optional*): "energy": "compensated" finds ranges anew, see `CompensationSettings`.
         cache (`int`, *optional*): bytes of activations that MREM-S holds in memory, the rest lie on disk; None: all.
         seed (`int`): of the order of the batches.
         queue (`int`): MREM-P's t0: batches that fill each queue before training begins, and how many steps behind a stage's
@@ -72,6 +73,7 @@ class ReconstructionSettings:
     autocast: torch.dtype | None = None
     start: str = "compensated"
     start_batches: int = 8
+    start_ranges: str | None = None
     cache: int | None = None
     seed: int = 0
     queue: int = 8
@@ -248,6 +250,7 @@ def compensate_stage(
     stage: Stage,
     batches: Sequence[Batch],
     known: Sequence[tuple[Memory, Memory]],
+    ranges: str | None = None,
 ) -> None:
     """Compensate the rounding errors of one stage, in place.
 
@@ -256,12 +259,13 @@ def compensate_stage(
         stage (`Stage`): which.
         batches (`Sequence[dict]`): those to look at.
         known (`Sequence[tuple]`): for each of them, what the stage is given in the teacher and in the student.
+        ranges (`str`, *optional*): see `CompensationSettings`.
     """
     order = units(student, lambda: run_stage(student, stage, batches[0], known[0][1]))
     order = [u for u in order if u in stage.blocks or f"{u}.weight" in stage.parameters]
     returned = ({name: [k[side][of] for k in known] for name, of in stage.answers.items()} for side in (0, 1))
     replays = [Replay(model, batches, answers) for model, answers in zip((teacher, student), returned, strict=True)]
-    compensate_units(tuple(replays), order, CompensationSettings())
+    compensate_units(tuple(replays), order, CompensationSettings(ranges=ranges))
 
 
 def check_models(

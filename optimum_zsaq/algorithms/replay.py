@@ -147,24 +147,32 @@ def run(module: nn.Module, calls: Sequence[Call]) -> list[Any]:
 
 @torch.no_grad()
 def layer_inputs(
-    module: nn.Module, calls: Sequence[Call], layers: Sequence[nn.Module]
+    module: nn.Module, calls: Sequence[Call], layers: Sequence[nn.Module], stop: bool = False
 ) -> tuple[list[list[list[Tensor]]], list[Any]]:
-    """The inputs of some layers inside a module, and what the module returns.
+    """The inputs of some layers inside a module, and what the module returns; `stop`: it ends where the first is reached.
 
     Returns:
         `tuple`: for each layer and each call, its inputs (none where it did not run, as a routed layer may not; several
-            where it ran again); the outputs.
+            where it ran again); the outputs, None of a pass that was stopped.
     """
     found: list[list[list[Tensor]]] = [[[] for _ in calls] for _ in layers]
     outputs: list[Any] = []
 
     def recorder(place: int) -> Callable:
-        return lambda _, args, kwargs: found[place][len(outputs)].append((args[0] if args else kwargs["input"]).detach())
+        def record(_: nn.Module, args: tuple, kwargs: dict) -> None:
+            found[place][len(outputs)].append((args[0] if args else kwargs["input"]).detach())
+            if stop:
+                raise _Reached
+
+        return record
 
     hooks = [m.register_forward_pre_hook(recorder(i), with_kwargs=True) for i, m in enumerate(layers)]
     try:
         for args, kwargs in calls:
-            outputs.append(module(*args, **kwargs))
+            returned = None
+            with suppress(_Reached):
+                returned = module(*args, **kwargs)
+            outputs.append(returned)
         return found, outputs
     finally:
         for hook in hooks:

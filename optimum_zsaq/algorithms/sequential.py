@@ -120,7 +120,14 @@ class SequentialReconstruction:
         if self.settings.start == "compensated":
             chosen = start_batches(len(self.batches), self.settings)
             memories = [(known[i][0].get(), known[i][1].get()) for i in chosen]
-            compensate_stage(self.teacher, self.student, stage, [self.batches[i] for i in chosen], memories)
+            compensate_stage(
+                self.teacher,
+                self.student,
+                stage,
+                [self.batches[i] for i in chosen],
+                memories,
+                self.settings.start_ranges,
+            )
 
     def _train(self, stage: Stage, memories: list[Kept], wanted: list[Kept]) -> Iterator[tuple[Stage, float]]:
         training = StageTraining(self.student, stage, self.settings)

@@ -106,8 +106,8 @@ class StepSizes:
         """The share of all weights that lie outside the range of their codes."""
         outside, count = 0, 0
         for layer in self._layers.values():
-            zero_point = layer.weight_zero_point if layer.weight_zero_point is None else whole(layer.weight_zero_point)
-            found = clipped(whole(layer.master()), whole(layer.weight_scale), zero_point, layer.spec.weight)
+            shift = None if layer.weight_shift is None else whole(layer.weight_shift)
+            found = clipped(whole(layer.master()), whole(layer.weight_scale), shift, layer.spec.weight)
             outside, count = outside + found.sum().item(), count + found.numel()
         return outside / max(count, 1)
 

@@ -60,7 +60,7 @@ def _quantize_and_measure(
 ) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM
 
-    from ..integrations.configs import PreQuantConfig
+    from ..integrations.prequant import PreQuantConfig
 
     start = time.perf_counter()
     config = PreQuantConfig(weight_bits=bits, embedding_bits=max(bits, 4), activation_bits=8, outliers=outliers)

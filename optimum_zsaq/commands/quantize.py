@@ -31,9 +31,13 @@ _EXAMPLES = """examples:
 
 
 _ALGORITHM_HELP = "prequant: data-free rounding; zsaq: training without data; mrem: on texts (default: prequant)"
+_GRANULARITY_HELP = (
+    "row, tensor or group: 4.5, 3.5, 2.5 bits a weight in groups of 64, scale and minimum included; auto (default): group "
+    "for decoders at up to 6 bits, else row"
+)
 _RANGES_HELP = (
-    "mse, minmax, signed, lsq; ternary (2 bits); energy (prequant: errors count by what inputs carry, for language "
-    "models); auto, of zsaq and mrem the default, else mse"
+    "mse, minmax, signed, lsq; ternary (2 bits); energy (prequant: errors count by what inputs carry, of decoders the "
+    "default); auto (default): by scheme and kind of model"
 )
 _DATA_HELP = "file of texts, for mrem or for static ranges; mrem: zero-shot for generated ones (ranges: sampled tokens)"
 
@@ -61,10 +65,7 @@ class QuantizeCommand(Command):
         parser.add_argument("--weight-bits", type=int, default=4, help="2 to 8, of Linear layers (default: 4)")
         parser.add_argument("--embedding-bits", type=bits_or_none, default=8, help="2 to 8 or none (default: 8)")
         parser.add_argument("--activation-bits", type=bits_or_none, default=8, help="2 to 8 or none (default: 8)")
-        parser.add_argument("--granularity", default="row", help="row, tensor or group (default: row)")
-        parser.add_argument("--group-size", type=int, help="weights that share a scale, with --granularity group")
-        parser.add_argument("--asymmetric", action="store_true", help="weights with a zero point")
-        parser.add_argument("--ranges", help=_RANGES_HELP)
+        _add_layout(parser)
         parser.add_argument("--outliers", type=float, help="share of each matrix kept as float residuals, e.g. 0.005")
         parser.add_argument("--outlier-scope", default="matrix", help="matrix: its largest; row: as many of each row")
         parser.add_argument("--activations", default="dynamic", help="dynamic or static (default: dynamic)")
@@ -157,6 +158,18 @@ class QuantizeCommand(Command):
         return f"the training is kept in {args.state}, run the same command again to go on"
 
 
+def _add_layout(parser: ArgumentParser) -> None:
+    """Which weights share a scale, and what stands beside it."""
+    parser.add_argument("--granularity", default="auto", help=_GRANULARITY_HELP)
+    parser.add_argument("--group-size", type=int, help="weights that share a scale, with groups (default: 64)")
+    sign = parser.add_mutually_exclusive_group()
+    sign.add_argument("--symmetric", action="store_true", default=None, help="weights without zero point or minimum")
+    sign.add_argument(
+        "--asymmetric", dest="symmetric", action="store_false", help="weights with one (default: groups alone)"
+    )
+    parser.add_argument("--ranges", help=_RANGES_HELP)
+
+
 def _check_output(output: Path) -> None:
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise FileExistsError(f"{output} exists and is not empty; nothing is overwritten, choose another --output")
@@ -179,7 +192,7 @@ def _quantization_config(args: Namespace) -> Any:
         activation_bits=args.activation_bits,
         granularity=args.granularity,
         group_size=args.group_size,
-        symmetric=not args.asymmetric,
+        symmetric=args.symmetric,
         **({} if args.ranges is None else {"ranges": args.ranges}),
         activations=args.activations,
         modules_to_not_convert=args.modules_to_not_convert,

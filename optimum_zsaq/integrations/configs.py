@@ -18,13 +18,16 @@ from ..kinds import ModelFacts, kind_of, reader_of
 from ..layers.packed import check_runtime
 from ..spec import OUTLIER_SCOPES, LayerSpec, QuantScheme, QuantSpec
 from ..surgery import low_bit_layers, tied_row
+from .models import is_decoder
 
 
 QUANT_METHOD = "zsaq"
-FORMAT_VERSION = 1
-RANGE_METHODS = ("mse", "minmax", "signed", "lsq", "ternary")
+FORMAT_VERSION = 2  # 1 had no minima and no float16 scales
+RANGE_METHODS = ("auto", "mse", "minmax", "signed", "lsq", "ternary")
 
 ALGORITHMS: dict[str, type["LowBitConfig"]] = {}
+_GROUPED_BITS = 6  # wider codes hold with a scale a row: our choice, measured in docs/methods/language_models.md
+_GROUP_SIZE = 64
 _STORED = ("quant_method", "format_version", "algorithm", "packed", "modules", "recipe")
 _NEVER_STORED = ("runtime", "kernel", "calibration_data")
 
@@ -36,11 +39,16 @@ class LowBitConfig(QuantizationConfigMixin):
         weight_bits (`int`): width of the codes of Linear layers, 2 to 8.
         embedding_bits (`int`, *optional*): width of the codes of the input embedding tables; None: they stay float.
         activation_bits (`int`, *optional*): width of the inputs of Linear layers; None: they stay float.
-        granularity (`str`): which weights share a scale: "row", "tensor" or "group". Tables have a scale a row, or a group.
-        group_size (`int`, *optional*): consecutive weights that share a scale, with granularity="group".
-        symmetric (`bool`): weights without (True) or with (False) a zero point.
+        granularity (`str`): which weights share a scale: "row", "tensor", "group", or "auto": groups for decoders at up to
+            6 bits, else rows (docs/methods/language_models.md). Tables have a scale a row, or a group where groups were
+            asked for. Scales of groups are stored as float16, others as float32.
+        group_size (`int`, *optional*): consecutive weights that share a scale; None: 64, with granularity="group".
+        symmetric (`bool`, *optional*): weights without (True) or with (False) a zero point or minimum; None: groups have
+            one.
+        minimum (`bool`, *optional*): asymmetric weights have a float minimum (True), stored like the scale, or an integer
+            zero point of a byte (False); None: groups have a minimum.
         ranges (`str`): how scales are found: "mse", "minmax", "signed" (mse, some scales negative), "lsq"
-            (LSQ's start value), "ternary" (2 bits, TWN).
+            (LSQ's start value), "ternary" (2 bits, TWN), "auto" (by the scheme, see `surgery.range_method`).
         activations (`str`): "dynamic": a range a token, found as it runs; "static": one stored range a layer.
         modules_to_not_convert (`list[str]`, *optional*): runs of name parts, such as "pooler" or "encoder.layer.0", of
             layers that stay float, in addition to heads, which always do.
@@ -61,7 +69,7 @@ class LowBitConfig(QuantizationConfigMixin):
     """
 
     algorithm = "none"
-    trains_on_load = False
+    knows_energies = False
     learns_step_sizes = False
     range_methods = RANGE_METHODS
 
@@ -70,10 +78,11 @@ class LowBitConfig(QuantizationConfigMixin):
         weight_bits: int = 4,
         embedding_bits: int | None = 8,
         activation_bits: int | None = 8,
-        granularity: str = "row",
+        granularity: str = "auto",
         group_size: int | None = None,
-        symmetric: bool = True,
-        ranges: str = "mse",
+        symmetric: bool | None = None,
+        minimum: bool | None = None,
+        ranges: str = "auto",
         activations: str = "dynamic",
         modules_to_not_convert: list[str] | None = None,
         outliers: float | None = None,
@@ -94,7 +103,8 @@ class LowBitConfig(QuantizationConfigMixin):
         self.modules = stored.get("modules")
         self.recipe = stored.get("recipe")
         self.weight_bits, self.embedding_bits, self.activation_bits = weight_bits, embedding_bits, activation_bits
-        self.granularity, self.group_size, self.symmetric = granularity, group_size, symmetric
+        self.granularity, self.group_size = granularity, group_size
+        self.symmetric, self.minimum = symmetric, minimum
         self.ranges, self.activations = ranges, activations
         self.modules_to_not_convert = _list_of_names(modules_to_not_convert)
         self.outliers, self.outlier_scope = outliers, outlier_scope
@@ -123,10 +133,11 @@ class LowBitConfig(QuantizationConfigMixin):
 
     def _check_values(self) -> None:
         for name, allowed in (
-            ("granularity", ("row", "tensor", "group")),
+            ("granularity", ("auto", "row", "tensor", "group")),
             ("ranges", self.range_methods),
             ("activations", ("dynamic", "static")),
-            ("symmetric", (True, False)),
+            ("symmetric", (True, False, None)),
+            ("minimum", (True, False, None)),
             ("outlier_scope", OUTLIER_SCOPES),
             ("packed", (True, False)),
         ):
@@ -145,8 +156,13 @@ class LowBitConfig(QuantizationConfigMixin):
                 f"ranges='ternary' has three levels and got weight_bits={self.weight_bits!r}; "
                 "use weight_bits=2 or ranges='mse'"
             )
-        if self.ranges == "ternary" and not self.symmetric:
+        if self.ranges == "ternary" and self.symmetric is False:
             raise ValueError("ranges='ternary' is symmetric and got symmetric=False; use symmetric=True or ranges='mse'")
+        if self.minimum and (self.symmetric or self.ranges == "ternary"):
+            raise ValueError(
+                f"minimum=True is for asymmetric weights and got symmetric={self.symmetric!r}, ranges={self.ranges!r}; "
+                "use symmetric=False, or leave minimum out"
+            )
         self._check_calibration_data()
         if self.activations == "static" and self.activation_bits is None:
             raise ValueError("activations='static' needs a width; use activation_bits=8 or activations='dynamic'")
@@ -188,21 +204,43 @@ class LowBitConfig(QuantizationConfigMixin):
                     f"{row.weight.bits} bits; restore config.json from where the checkpoint came from"
                 )
 
-    def scheme(self) -> QuantScheme:
-        """What these settings make of a float model."""
-        ternary = self.ranges == "ternary"
-        spec = {"group_size": self.group_size, "symmetric": self.symmetric}
-        weights = QuantSpec(self.weight_bits, self.granularity, ternary=ternary, **spec)
-        embeddings = self.embedding_bits and QuantSpec(
-            self.embedding_bits,
-            "group" if self.granularity == "group" else "row",
-            ternary=ternary and self.embedding_bits == 2,
-            **spec,
-        )
+    def scheme(self, model: nn.Module | None = None) -> QuantScheme:
+        """What these settings make of a float model.
+
+        Args:
+            model (`nn.Module`, *optional*): decides what is left to us; None: as for an encoder.
+        """
+        ternary, asked = self.ranges == "ternary", self.granularity
+        if asked == "auto" and self.group_size is not None:
+            asked = "group"
+        granularity = asked
+        if asked == "auto":
+            in_groups = is_decoder(model) and self.weight_bits <= _GROUPED_BITS and not ternary
+            granularity = "group" if in_groups else "row"
+        weights = self._weight_spec(self.weight_bits, granularity, ternary)
+        of_tables, ternary = "group" if asked == "group" else "row", ternary and self.embedding_bits == 2
+        embeddings = self.embedding_bits and self._weight_spec(self.embedding_bits, of_tables, ternary)
         granularity = "token" if self.activations == "dynamic" else "tensor"
         activations = self.activation_bits and QuantSpec(self.activation_bits, granularity, symmetric=False)
         skip = tuple(self.modules_to_not_convert or ())
         return QuantScheme(weights, embeddings or None, activations or None, skip, self.outliers or 0.0, self.outlier_scope)
+
+    def _weight_spec(self, bits: int, granularity: str, ternary: bool) -> QuantSpec:
+        grouped = granularity == "group"
+        size = _GROUP_SIZE if grouped and self.group_size is None else self.group_size
+        symmetric = self.symmetric
+        if symmetric is None:
+            symmetric = ternary or not (grouped or self.minimum)
+        minimum = not symmetric and (grouped if self.minimum is None else self.minimum)
+        return QuantSpec(bits, granularity, size, symmetric, ternary, minimum, scale_bits=16 if grouped else 32)
+
+    def ranges_for(self, model: nn.Module) -> str:
+        """How the scales of a model are found; "auto" is "energy" for decoders, where the float model is run."""
+        return "energy" if self.ranges == "auto" and self.knows_energies and is_decoder(model) else self.ranges
+
+    def runs_float_model(self, model: nn.Module) -> bool:
+        """Whether the float model is run before it is quantized, instead of quantizing each weight as it is read."""
+        return False
 
     # The table of specs by module ------------------------------------------------------------------------------------
 
@@ -293,31 +331,7 @@ class LowBitConfig(QuantizationConfigMixin):
         return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
 
 
-class PreQuantConfig(LowBitConfig):
-    """PreQuant's first stage: task-agnostic, data-free quantization of a pre-trained model.
-
-    Each weight matrix gets its codes from its own values alone, with the range strategies that the paper names (min-max,
-    MSE, row-wise). `outliers=0.005` also stores, for each matrix, where its outlier weights are and their float residuals:
-    the start of PreQuant's second stage, and a better model by itself. See `LowBitConfig` for the fields.
-
-    `ranges="energy"`, which is ours, runs the float model first, on a few sequences that it writes itself, and counts the
-    error of a weight by the energy of the input it is multiplied with: for language models, whose inputs have a few strong
-    channels. It takes the memory of the float model, and some time (docs/methods/language_models.md).
-
-    Source: https://huggingface.co/papers/2306.00014; bits, symmetry and outlier criterion are our choice
-    (docs/methods/prequant.md), the paper's are unknown to us.
-    """
-
-    algorithm = "prequant"
-    range_methods = (*RANGE_METHODS, "energy")
-
-    @property
-    def trains_on_load(self) -> bool:
-        """Whether the float model is run before it is quantized, instead of each weight as it is read."""
-        return self.ranges == "energy"
-
-
-ALGORITHMS.update({config.algorithm: config for config in (LowBitConfig, PreQuantConfig)})
+ALGORITHMS[LowBitConfig.algorithm] = LowBitConfig
 
 
 def body_name(model: nn.Module, name: str) -> str:

@@ -6,7 +6,7 @@ import json
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -160,6 +160,25 @@ def text_batches(
                 yield complete_batch(model, dict(batch))
 
 
+def packed_batches(model: PreTrainedModel, samples: Sequence[Mapping[str, str]], size: int, length: int) -> Iterator[Batch]:
+    """Texts one behind the other, cut into sequences of `length` tokens, in batches of at most `size`.
+
+    The end-of-text token stands between two texts, and what the tokenizer puts before a text before each sequence. The last
+    tokens, which fill no sequence, are left out, unless they are all.
+    """
+    tokenizer = find_tokenizer(model)
+    texts = [text for sample in samples for text in sample.values()]
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    ids = torch.tensor([token for text in encoded for token in (*text, *end)])
+    first = torch.tensor(special_tokens(model, tokenizer)[0], dtype=torch.int64)
+    width = min(length - len(first), len(ids))
+    rows = ids[: len(ids) // width * width].view(-1, width)
+    rows = torch.cat([first.expand(len(rows), -1), rows], dim=1)
+    for part in rows.split(size):
+        yield complete_batch(model, {"input_ids": part, "attention_mask": torch.ones_like(part)})
+
+
 def fitting_length(model: PreTrainedModel, length: int) -> int:
     """A sequence length that the model has positions for; two are spared, because some count from the padding id on."""
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
@@ -229,6 +248,18 @@ def _token_ids(model: PreTrainedModel, name: str) -> list[int]:
     """A config's token id, or ids: some models have several end tokens."""
     ids = getattr(model.config, name, None)
     return [] if ids is None else list(ids) if isinstance(ids, list | tuple) else [ids]
+
+
+def openings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, count: int, seed: int) -> Tensor:
+    """What a decoder's text begins with: what its tokenizer puts first, else one random token, uniform over the plain ones.
+
+    Shapes: -> (count, number of tokens) int64.
+    """
+    first = () if tokenizer is None else special_tokens(model, tokenizer)[0]
+    if first:
+        return torch.tensor(first).repeat(count, 1)
+    allowed, random = plain_tokens(model, tokenizer), torch.Generator().manual_seed(seed)
+    return allowed[torch.randint(len(allowed), (count, 1), generator=random)]
 
 
 def continue_sequences(model: PreTrainedModel, ids: Tensor, length: int, seed: int) -> Tensor:

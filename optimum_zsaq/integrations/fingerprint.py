@@ -8,11 +8,13 @@ task may bring its own of.
 import zlib
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import asdict
 
 from torch import nn
 
 from ..layers import LowBitLayer, PackedEmbedding, PackedLinear
 from ..layers.packed import packed_tensors
+from ..spec import QuantSpec
 from ..surgery import low_bit_layers
 from .checkpoint import tensor_crc
 from .configs import body_name
@@ -22,6 +24,7 @@ _OF_A_PACKED_LAYER = (
     "weight_codes",
     "weight_scale",
     "weight_zero_point",
+    "weight_minimum",
     "weight_outlier_positions",
     "weight_outlier_values",
 )
@@ -65,7 +68,16 @@ def _low_bit_crc(layer: LowBitLayer) -> int:
     else:
         kept |= packed_tensors(layer)
     sums = sorted((name, tensor_crc(tensor)) for name, tensor in kept.items())
-    return zlib.crc32(repr((layer.spec.weight, layer.spec.inputs, sums)).encode())
+    return zlib.crc32(f"({_spec_text(layer.spec.weight)}, {_spec_text(layer.spec.inputs)}, {sums})".encode())
+
+
+def _spec_text(spec: QuantSpec | None) -> str:
+    """A spec without what format 1 did not have, where it is as it was then: adapters carry checksums from that time."""
+    if spec is None:
+        return "None"
+    later = {"minimum": False, "scale_bits": 32}
+    fields = {name: value for name, value in asdict(spec).items() if name not in later or value != later[name]}
+    return f"QuantSpec({', '.join(f'{name}={value!r}' for name, value in fields.items())})"
 
 
 def check_fingerprint(found: dict[str, str], wanted: dict[str, str]) -> None:

@@ -15,7 +15,7 @@ from .data import (
     complete_batch,
     continue_sequences,
     fitting_length,
-    plain_tokens,
+    openings,
     rare_tokens,
     special_tokens,
     tokenizer_or_none,
@@ -141,16 +141,15 @@ def vocabulary_prior(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase 
 def sampled_batches(model: PreTrainedModel, count: int, seed: int) -> Iterator[Batch]:
     """`count` sequences of at most 64 tokens: what static input ranges are measured on where there is no data.
 
-    A causal language model writes them itself, sampled from its own distribution after one random token; other models get
-    tokens from a prior over their vocabulary, in every form that they may read.
+    A causal language model writes them itself, sampled from its own distribution after what its texts begin with; other
+    models get tokens from a prior over their vocabulary, in every form that they may read.
     """
     tokenizer, length = tokenizer_or_none(model), fitting_length(model, _SAMPLED)
     together = BATCH_SIZE if writes_text(model) else _TOGETHER
     sizes = [min(together, count - start) for start in range(0, count, together)]
     if writes_text(model):
-        allowed, random = plain_tokens(model, tokenizer), torch.Generator().manual_seed(seed)
-        for i, size in enumerate(sizes):
-            first = allowed[torch.randint(len(allowed), (size, 1), generator=random)]
+        begun = openings(model, tokenizer, count, seed).split(sizes)
+        for i, first in enumerate(begun):
             ids = continue_sequences(model, first, length, seed + i * BATCH_SIZE)
             yield complete_batch(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
         return

@@ -2,6 +2,8 @@
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED
 from transformers.pytorch_utils import Conv1D
 
 from ..kinds import ModelFacts, ModelReader, register_embedding, register_reader, register_transposed
@@ -69,6 +71,14 @@ def _build_conv1d(layer: LowBitLayer, weight: Tensor) -> nn.Module:
     conv.nf, conv.nx = layer.out_features, layer.in_features
     conv.weight, conv.bias = nn.Parameter(weight.t().contiguous()), layer.bias
     return conv
+
+
+def is_decoder(model: nn.Module | None) -> bool:
+    """Whether a model is a decoder language model or built on one, whatever its head: Llama or GPT-2, not BERT or T5."""
+    if not isinstance(model, PreTrainedModel) or model.config.is_encoder_decoder:
+        return False
+    kind = model.config.model_type
+    return model.can_generate() or (kind in CAUSAL and kind not in MASKED)
 
 
 def register_models() -> None:

@@ -1,7 +1,10 @@
 """MREM's config; `reconstruct.py` has what it asks for."""
 
+import copy
 import math
 from typing import Any
+
+from torch import nn
 
 from ..algorithms.reconstruction import STARTS, ReconstructionSettings
 from .configs import ALGORITHMS, RANGE_METHODS, LowBitConfig
@@ -22,14 +25,19 @@ _SETTINGS = {
 _OWN = {
     "stages": None,
     "parallel": False,
-    "batch_size": 32,
+    "batch_size": None,
     "sequence_length": None,
-    "start_samples": 256,
+    "start_samples": None,
     "autocast": "auto",
     "state": None,
     "cache_limit": None,
     "offload": False,
     "timeout": 600.0,
+}
+# What None stands for; a decoder is trained on long sequences without padding: our choice, docs/methods/language_models.md
+_SIZES = {
+    False: {"batch_size": 32, "sequence_length": 128, "start_samples": 256},
+    True: {"batch_size": 8, "sequence_length": 256, "start_samples": 64},
 }
 _RATES = {False: 3e-4, True: 1e-4}  # by whether weights have 4 bits or more
 _NOT_STORED = ("state", "cache_limit", "offload", "timeout")
@@ -46,8 +54,11 @@ class MREMConfig(LowBitConfig):
             data. The model's own tokenizer reads it. Needed to quantize; never stored.
         calibration_samples (`int`): sequences used of it, from its beginning.
         stages (`int`, *optional*): into how many the model is cut; None: 4, or as many as it has blocks.
-        steps (`int`), batch_size (`int`): steps of each stage, texts a step. Batches are of texts of about the same length.
-        sequence_length (`int`, *optional*): tokens of a text that count; None: 128.
+        steps (`int`): of each stage.
+        batch_size (`int`, *optional*): sequences a step; None: 32, of decoders 8. Batches are of texts of about the same
+            length. A decoder's texts stand one behind the other, cut into sequences of one length.
+        sequence_length (`int`, *optional*): tokens of a text that count, of a decoder those of a sequence; None: 128, of
+            decoders 256.
         parallel (`bool`): False: one stage after the other, each on the outputs of the quantized stages before it (MREM-S).
             True: all stages at once, fed by queues (MREM-P); under torchrun each process trains one or more of them.
         learning_rate, scale_learning_rate (`float`, *optional*): of the weights, and of the step sizes of weights and
@@ -56,9 +67,8 @@ class MREMConfig(LowBitConfig):
         start (`str`): "compensated": the codes from which a stage's training starts make up for each other's errors;
             "rounding": each weight is rounded on its own; "auto": "rounding" for ternary weights and for 2 bits with one
             scale a matrix, where it is better, else "compensated".
-        start_samples (`int`): texts that "compensated" looks at.
+        start_samples (`int`, *optional*): sequences that "compensated" looks at; None: 256, of decoders 64.
         queue (`int`), forcing (`float`): MREM-P's t0 in batches, and T0 as a share of the steps.
-        ranges (`str`): as in `LowBitConfig`, or "auto", see `surgery.range_method`.
         autocast (`str`): dtype of the matmuls while training: "bfloat16", "float32", or "auto": bfloat16 where the
             processor multiplies it. Weights are float32.
         state (`str`, *optional*): file that finished stages (with `parallel`: all stages, every 25 steps) are kept in; a
@@ -81,22 +91,28 @@ class MREMConfig(LowBitConfig):
     """
 
     algorithm = "mrem"
-    trains_on_load = True
-    range_methods = ("auto", *RANGE_METHODS)
+    knows_energies = True
+    range_methods = (*RANGE_METHODS, "energy")
 
     def __init__(self, **fields: Any):
         for name, default in (_SETTINGS | _OWN).items():
             setattr(self, name, fields.pop(name, default))
-        super().__init__(**{"ranges": "auto", "calibration_samples": 1024, **fields})
+        super().__init__(**{"calibration_samples": 1024, **fields})
 
     @classmethod
     def _fields(cls) -> list[str]:
         return [*_SETTINGS, *_OWN, *super()._fields()]
 
+    def runs_float_model(self, model: nn.Module) -> bool:
+        """Always."""
+        return True
+
     def _check_values(self) -> None:
         super()._check_values()
         for name in ("batch_size", "start_samples"):
             value = getattr(self, name)
+            if value is None:
+                continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}={value!r} is no count; use an integer of at least 1")
         limit = self.cache_limit
@@ -130,9 +146,19 @@ class MREMConfig(LowBitConfig):
     def _check_calibration_data(self) -> None:
         """It trains the model, whatever its inputs are."""
 
+    def sized(self, decoder: bool) -> "MREMConfig":
+        """A copy whose counts are all set, for a decoder or another model."""
+        found = copy.copy(self)
+        generated = isinstance(self.calibration_data, str) and self.calibration_data == ZERO_SHOT
+        for name, value in _SIZES[decoder].items():
+            if getattr(self, name) is None and not (generated and name == "sequence_length"):  # as ZSAQ has it
+                setattr(found, name, value)
+        return found
+
     def settings(self, stages: int) -> ReconstructionSettings:
         """What `algorithms/reconstruction.py` is given, for a model cut into that many stages."""
-        batches = -(-self.start_samples // self.batch_size)
+        sizes = self.sized(False)
+        batches = -(-sizes.start_samples // sizes.batch_size)
         own = {**{name: getattr(self, name) for name in _SETTINGS}, "start": self._start()}
         for name in ("learning_rate", "scale_learning_rate"):
             own[name] = _RATES[self.weight_bits >= 4] if own[name] is None else own[name]

@@ -314,7 +314,7 @@ class OutlierLinear(nn.Module, BaseTunerLayer):
         positions, where = self._union(names, stored)
         values = sum_at_positions(parts if stored is None else [stored[1], *parts], where, len(positions))
         if scale is not None:
-            base.weight_scale.mul_(scale.view(-1, 1))
+            base.scale_rows(scale)
             values = values * (scale if len(scale) == 1 else scale[positions.long() // self.in_features])
         if bias is not None:
             base.bias.add_(bias.to(base.bias.dtype))

@@ -61,7 +61,7 @@ class QuantizeOnLoad(ConversionOps):
         config = self.quantizer.quantization_config
         try:
             self._check(name, layer, weight)
-            tensors = quantize_weight(layer, weight, config.ranges, config.packed)
+            tensors = quantize_weight(layer, weight, config.ranges_for(model), config.packed)
             self._check_tie(name, layer, tensors)
         except ValueError as error:  # transformers would bury it in a table; it is raised when all weights are read
             self.quantizer.failures.append(str(error) if name in str(error) else f"{name}: {error}")
@@ -189,8 +189,8 @@ class LowBitQuantizer(HfQuantizer):
     ) -> PreTrainedModel:
         config = self.quantization_config
         if not self.pre_quantized:
-            table = select(model, config.scheme())
-            if not config.trains_on_load:  # else the float model is run first
+            table = select(model, config.scheme(model))
+            if not config.runs_float_model(model):  # else the float model is run first
                 skeleton(model, table, config.packed)
             if getattr(config, "offload", False):
                 self.offloaded = OffloadedBlocks(blocks(model), config.ranges)
@@ -230,7 +230,7 @@ class LowBitQuantizer(HfQuantizer):
             raise ValueError("; ".join(self.failures))
         self._check_complete(model)
         self._restore_new_layers(model)
-        trains = config.trains_on_load and not self.pre_quantized
+        trains = not self.pre_quantized and config.runs_float_model(model)
         offload = {} if self.offloaded is None else {"offloaded": self.offloaded}
         trained = _TRAINING[config.algorithm](model, config, **offload) if trains else None
         self.offloaded = None  # its folder goes with it
@@ -276,7 +276,7 @@ class LowBitQuantizer(HfQuantizer):
             return name in self.found
         if not self.quantization_config.packed:
             return True
-        tensors = ("weight_codes", "weight_scale", "weight_zero_point", "weight_outlier_positions")
+        tensors = ("weight_codes", "weight_scale", "weight_zero_point", "weight_minimum", "weight_outlier_positions")
         read = [is_read(getattr(layer, t)) for t in tensors if getattr(layer, t) is not None]
         if any(read) and not all(read):
             raise CheckpointError(
@@ -378,6 +378,7 @@ def _config_of(layers: list[LowBitLayer]) -> LowBitConfig:
         granularity=main.weight.granularity,
         group_size=main.weight.group_size,
         symmetric=main.weight.symmetric,
+        minimum=main.weight.minimum or None,
         ranges="ternary" if main.weight.ternary else "mse",
         activations="static" if inputs and inputs.granularity == "tensor" else "dynamic",
         outliers=main.outliers or None,

@@ -43,7 +43,7 @@ def write_recipe(model: PreTrainedModel, config: LowBitConfig, data: dict[str, A
     source = model.config.name_or_path
     config.recipe = {
         "base_model": Path(source).resolve().name if os.path.isdir(source) else source,
-        "ranges": config.ranges,
+        "ranges": config.ranges_for(model),
         "calibration": data,
         "versions": {
             "optimum_zsaq": __version__,

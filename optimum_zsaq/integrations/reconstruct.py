@@ -23,10 +23,20 @@ from ..algorithms.parallel import ParallelReconstruction
 from ..algorithms.pipeline import PipelineReconstruction
 from ..algorithms.sequential import SequentialReconstruction
 from ..algorithms.stages import Stage
-from ..surgery import blocks, low_bit_layers, prepare
-from .data import Batch, describe_data, find_tokenizer, fitting_length, read_texts, text_batches, uncached_batch
-from .forms import missing_forms
+from ..surgery import blocks, low_bit_layers
+from .data import (
+    Batch,
+    describe_data,
+    find_tokenizer,
+    fitting_length,
+    packed_batches,
+    read_texts,
+    text_batches,
+    uncached_batch,
+)
+from .forms import missing_forms, writes_text
 from .mrem import ZERO_SHOT, MREMConfig
+from .rounding import prepare_for
 from .state import PipelineState, TrainingState
 from .zero_shot import (
     autocast_dtype,
@@ -42,7 +52,7 @@ logger = logging.getLogger(__name__)
 Reconstruction = SequentialReconstruction | ParallelReconstruction
 
 _STAGES = 4  # the paper's
-_LENGTH = 128  # tokens of a text: our choice
+_SHOWN = 2  # batches that the energies of inputs are measured on
 _SAVED_EVERY = 25  # steps, of MREM-P
 _TEXT_KEYS = {"text", "text_pair", "sentence"}
 
@@ -72,6 +82,7 @@ def reconstruct_on_load(
     dtypes = {name: p.dtype for name, p in model.named_parameters()}
     for p in model.parameters():
         p.data = p.data.float()
+    config = config.sized(writes_text(model))
     batches, data = calibration_batches(model, config)
     with processes(model, config) as count:
         run = start_reconstruction(model, config, batches, count, offloaded)
@@ -121,11 +132,17 @@ def start_reconstruction(
     # MREM-S runs a float stage for the last time before it is trained, so that its blocks need no copy
     shared = {} if config.parallel else {id(p): p for block in found.values() for p in block.parameters()}
     teacher = copy.deepcopy(model, shared)
-    prepare(model, config.scheme(), config.ranges)
+    shown = batches[:: max(1, len(batches) // _SHOWN)][:_SHOWN]
+    ranges = config.ranges if offloaded else config.ranges_for(model)  # blocks on disk have ranges when they are read
+    prepare_for(model, config.scheme(model), ranges, shown, sum(len(batch["input_ids"]) for batch in shown))
     if any(m.spec.inputs and m.spec.inputs.granularity == "tensor" for _, m in low_bit_layers(model)):
         calibrate(model, batches, ranges="minmax" if config.ranges == "minmax" else "mse")
     stages = config.stages or max(1, min(_STAGES, len(found)))
-    settings = replace(config.settings(stages), autocast=autocast_dtype(config.autocast, model.device))
+    settings = replace(
+        config.settings(stages),
+        autocast=autocast_dtype(config.autocast, model.device),
+        start_ranges="energy" if config.ranges_for(model) == "energy" else None,
+    )
     if count > 1:
         return PipelineReconstruction(teacher, model, batches, settings, config.timeout)
     if config.parallel:
@@ -189,9 +206,12 @@ def calibration_batches(model: PreTrainedModel, config: MREMConfig) -> tuple[lis
         return _generated(model, config), {"kind": "generated token sequences", "count": count, "seed": config.seed}
     _check_no_labels(data)
     samples = read_texts(data, count)
+    if writes_text(model):
+        batches = packed_batches(model, samples, config.batch_size, fitting_length(model, config.sequence_length))
+        return [uncached_batch(model, batch) for batch in batches], describe_data(data, count)
     samples.sort(key=lambda sample: len(sample["text"]) + len(sample.get("text_pair", "")))
     _check_length(model, samples[0])
-    length = config.sequence_length or _LENGTH
+    length = config.sequence_length
     batches = [uncached_batch(model, batch) for batch in text_batches(model, samples, count, config.batch_size, length)]
     _warn_of_missing(model, batches, length)
     return batches, describe_data(data, count)

@@ -1,30 +1,69 @@
-"""Rounding that looks at the layers' inputs first: what `PreQuantConfig(ranges="energy")` does when a model is loaded."""
+"""Ranges that look at the layers' inputs first (`ranges="energy"`), and rounding by them when a model is loaded."""
 
 import logging
 import time
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils.logging import tqdm
 
 from ..algorithms.energy import input_energies
 from ..kinds import kind_of
+from ..spec import QuantScheme
 from ..surgery import pack, prepare, select
 from .checkpoint import is_read
-from .configs import LowBitConfig
 from .forms import sampled_batches
+from .prequant import PreQuantConfig
 from .recipe import calibrate_on_load
 
 
 logger = logging.getLogger(__name__)
 
-_SEQUENCES = 16  # sampled, of at most 64 tokens: our choice, measured in docs/methods/language_models.md
+SEQUENCES = 16  # of at most 64 tokens, where they are sampled: our choice, measured in docs/methods/language_models.md
+
+
+def prepare_for(
+    model: PreTrainedModel,
+    scheme: QuantScheme,
+    ranges: str,
+    batches: Iterable[Mapping[str, Tensor]],
+    total: int = SEQUENCES,
+) -> PreTrainedModel:
+    """`surgery.prepare`, with the energies that batches show if the ranges need them; with a progress bar.
+
+    Args:
+        model (`PreTrainedModel`): a float model.
+        scheme (`QuantScheme`): what shall become of it.
+        ranges (`str`): see `surgery.prepare`.
+        batches (`Iterable[Mapping[str, Tensor]]`): what the model is called with; not looked at for other ranges.
+        total (`int`): how many sequences they hold.
+
+    Raises:
+        ValueError: see `surgery.prepare`; an input that is not finite.
+    """
+    if ranges != "energy":
+        return prepare(model, scheme, ranges)
+    names = [name for name in select(model, scheme) if not kind_of(model.get_submodule(name)).table]
+    with tqdm(total=total, desc="Measuring layers' inputs", unit="sequence", leave=False) as bar:
+
+        def watched():
+            for batch in batches:
+                yield batch
+                bar.update(len(next(iter(batch.values()))))
+
+        energies = input_energies(model, names, watched())
+    unreached = [name for name in names if name not in energies]
+    if unreached:
+        logger.warning("No sequence reached these layers, whose ranges are those of 'mse': %s", ", ".join(unreached))
+    return prepare(model, scheme, "energy", energies)
 
 
 @torch.no_grad()
-def round_on_load(model: PreTrainedModel, config: LowBitConfig) -> dict[str, Any]:
+def round_on_load(model: PreTrainedModel, config: PreQuantConfig) -> dict[str, Any]:
     """Round a float model that was just loaded, in place, with ranges for what its layers read.
 
     The inputs are sequences that a causal language model writes itself, or tokens sampled from a prior over the vocabulary.
@@ -37,27 +76,15 @@ def round_on_load(model: PreTrainedModel, config: LowBitConfig) -> dict[str, Any
     Raises:
         ValueError: see `surgery.select`; an input that is not finite.
     """
-    started = time.perf_counter()
-    scheme = config.scheme()
-    table = {name: model.get_submodule(name) for name in select(model, scheme)}
-    new = tuple(name for name, layer in table.items() if not is_read(layer.weight))
-    names = [name for name, layer in table.items() if name not in new and not kind_of(layer).table]
+    started, scheme = time.perf_counter(), config.scheme(model)
+    layers = {name: model.get_submodule(name) for name in select(model, scheme)}
+    new = tuple(name for name, layer in layers.items() if not is_read(layer.weight))
     packed = config.packed  # `prepare` notes in the config what the model is now
-    with tqdm(total=_SEQUENCES, desc="Measuring layers' inputs", unit="sequence", leave=False) as bar:
-
-        def batches():
-            for batch in sampled_batches(model, _SEQUENCES, config.seed):
-                yield batch
-                bar.update(len(next(iter(batch.values()))))
-
-        energies = input_energies(model, names, batches())
-    unreached = [name for name in names if name not in energies]
-    if unreached:
-        logger.warning("No sequence reached these layers, whose ranges are those of 'mse': %s", ", ".join(unreached))
-    prepare(model, replace(scheme, skip=(*scheme.skip, *new)), "energy", energies)
-    sampled = {"kind": "sampled token sequences", "count": _SEQUENCES, "seed": config.seed}
+    scheme = replace(scheme, skip=(*scheme.skip, *new))
+    prepare_for(model, scheme, "energy", sampled_batches(model, SEQUENCES, config.seed))
+    sampled = {"kind": "sampled token sequences", "count": SEQUENCES, "seed": config.seed}
     data = calibrate_on_load(model, config) or sampled
     if packed:
         pack(model)
     seconds = round(time.perf_counter() - started, 1)
-    return {**data, "energy_sequences": _SEQUENCES, "seconds": seconds}
+    return {**data, "energy_sequences": SEQUENCES, "seconds": seconds}

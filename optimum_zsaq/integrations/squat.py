@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from .configs import ALGORITHMS, RANGE_METHODS, LowBitConfig
+from .configs import ALGORITHMS, LowBitConfig
 
 
 class SQuATConfig(LowBitConfig):
@@ -13,8 +13,7 @@ class SQuATConfig(LowBitConfig):
     `SQuATTrainer.save_model` writes is packed.
 
     Args:
-        ranges (`str`): start values of the weights' step sizes: as in `LowBitConfig`, or "auto", see
-            `surgery.range_method`.
+        ranges (`str`): start values of the weights' step sizes: as in `LowBitConfig`.
         activations (`str`): "dynamic": a range a token, found as it runs, nothing to learn; "static": one a layer, whose
             step size is learned from where `calibration_data`, best of the task's training texts, put it.
         packed (`bool`): False by default: to be trained.
@@ -30,10 +29,9 @@ class SQuATConfig(LowBitConfig):
 
     algorithm = "squat"
     learns_step_sizes = True
-    range_methods = ("auto", *RANGE_METHODS)
 
     def __init__(self, **fields: Any):
-        super().__init__(**{"ranges": "auto", "packed": False, **fields})
+        super().__init__(**{"packed": False, **fields})
 
 
 ALGORITHMS[SQuATConfig.algorithm] = SQuATConfig

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from ..algorithms.forms import SequenceForm
 from ..algorithms.generators import PriorSource, Source, WrittenSource
-from .data import OWN_DISTRIBUTION, continue_sequences, plain_tokens
+from .data import OWN_DISTRIBUTION, continue_sequences, openings
 from .tasks import load_tokenizer
 
 
@@ -23,9 +23,10 @@ _LENGTHS = 8  # of the inputs of an encoder-decoder model, between the shortest 
 
 
 def write_continuations(teacher: PreTrainedModel, form: SequenceForm, count: int, seed: int, watch: Watch) -> WrittenSource:
-    """What a decoder writes after one random token, sampled from its own distribution."""
-    ids = _sampled(teacher, _first_tokens(teacher, None, count, seed), form.longest - form.special, seed, watch)
-    return WrittenSource(ids)
+    """What a decoder writes after what its texts begin with (see `openings`), sampled from its own distribution."""
+    begun = openings(teacher, _tokenizer(teacher), count, seed)
+    special = len(form.first) if tuple(begun[0].tolist()) == form.first else 0  # which `form` puts before what is drawn
+    return WrittenSource(_sampled(teacher, begun, form.longest - form.special + special, seed, watch)[:, special:])
 
 
 def write_texts(
@@ -61,8 +62,8 @@ def write_texts(
                 f"the generator has {sizes[0]} tokens and the model {sizes[1]}, and there is no tokenizer beside "
                 f"{missing.config.name_or_path!r} to translate with; save it there, or use generator='noise'"
             )
-        return WrittenSource(_sampled(writer, _first_tokens(writer, own, count, seed), width, seed, watch))
-    ids = _sampled(writer, _first_tokens(writer, own, count, seed), int(_MORE * width) + 1, seed, watch)
+        return WrittenSource(_sampled(writer, openings(writer, own, count, seed), width, seed, watch))
+    ids = _sampled(writer, openings(writer, own, count, seed), int(_MORE * width) + 1, seed, watch)
     texts = own.batch_decode(ids, skip_special_tokens=True)
     rows = _rows(other(texts, add_special_tokens=False, verbose=False)["input_ids"], width)
     if not rows:
@@ -147,15 +148,8 @@ def _tokenizer(model: PreTrainedModel) -> PreTrainedTokenizerBase | None:
         return None
 
 
-def _first_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, count: int, seed: int) -> Tensor:
-    """One random token a sequence, uniform over those that are not special. Shapes: -> (count, 1)."""
-    allowed = plain_tokens(model, tokenizer or _tokenizer(model))
-    random = torch.Generator().manual_seed(seed)
-    return allowed[torch.randint(len(allowed), (count, 1), generator=random)]
-
-
 def _sampled(model: PreTrainedModel, first: Tensor, length: int, seed: int, watch: Watch) -> Tensor:
-    """Shapes: first (N, 1) -> (N, length) int64 on the CPU."""
+    """Shapes: first (N, k) -> (N, length) int64 on the CPU."""
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if positions is not None and length > positions:
         raise ValueError(

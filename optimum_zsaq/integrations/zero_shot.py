@@ -12,23 +12,25 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils.logging import tqdm
 
-from ..algorithms.compensation import compensate
+from ..algorithms.compensation import CompensationSettings, compensate
 from ..algorithms.forms import InputMixture
 from ..algorithms.generators import Generator, PriorSource, Source, WrittenSource
 from ..algorithms.minimax import Minimax, MinimaxSettings
 from ..algorithms.probes import UNWRITTEN, Guard, hold_out, make_probes
-from ..surgery import pack, prepare
+from ..surgery import pack
 from .checkpoint import is_read
 from .closing import ROUNDED, TRAINED
 from .data import tokenizer_or_none, uncached_batch
 from .forms import input_mixture, longest_sequence, make_inputs, vocabulary_prior
 from .recipe import calibrate_on_load
+from .rounding import SEQUENCES, prepare_for
 from .state import TrainingState
 from .writing import AnsweredSource, answer_inputs, write_continuations, write_texts
 from .zsaq import ZSAQConfig
 
 
 _BATCH_TOKENS = 2**11  # of a step of a model that does not write, if all sequences were the longest: our choice
+_SHOWN = 8  # sequences run together when inputs are measured
 _START_BATCH = 64  # sequences run together when errors are compensated
 _SAVED_EVERY = 25  # steps
 CHECKED = 2  # times that the student is measured while it trains, the end included
@@ -175,9 +177,10 @@ def start_run(model: PreTrainedModel, config: ZSAQConfig) -> tuple[Minimax, Guar
     for p in model.parameters():
         p.data = p.data.float()
     teacher = copy.deepcopy(model)
-    prepare(model, config.scheme(), config.ranges)
-    calibrate_on_load(model, config)
     generator = make_generator(teacher, config)
+    shown = (uncached_batch(teacher, generator.sample(_SHOWN)) for _ in range(SEQUENCES // _SHOWN))
+    prepare_for(model, config.scheme(model), config.ranges_for(model), shown)
+    calibrate_on_load(model, config)
     settings = replace(config.settings(), autocast=autocast_dtype(config.autocast, model.device))
     generator.source, other = hold_out(generator.source)
     run = make_minimax(teacher, model, generator, settings)
@@ -192,7 +195,8 @@ def find_start(run: Minimax, guard: Guard, config: ZSAQConfig) -> None:
         size = min(_START_BATCH, config.start_sequences)
         batches = [run.complete(run.generator.sample(size)) for _ in range(-(-config.start_sequences // size))]
         with _progress(100, "Compensating errors", "%") as watch:
-            compensate(run.teacher, run.student, batches, watch=_in_percent(watch))
+            settings = CompensationSettings(ranges=_start_ranges(run, config))
+            compensate(run.teacher, run.student, batches, settings, _in_percent(watch))
         guard.measure("compensated")
 
 
@@ -202,6 +206,10 @@ def chosen_start(run: Minimax, config: ZSAQConfig) -> str:
         return config.start
     written = isinstance(run.generator.source, WrittenSource | AnsweredSource) and config.ranges != "ternary"
     return "compensated" if written else "rounding"
+
+
+def _start_ranges(run: Minimax, config: ZSAQConfig) -> str | None:
+    return "energy" if config.ranges_for(run.teacher) == "energy" else None
 
 
 def _in_percent(watch: Callable[[int], Any]) -> Callable[[str, float], None]:

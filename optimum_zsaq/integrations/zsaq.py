@@ -3,6 +3,8 @@
 import copy
 from typing import Any
 
+from torch import nn
+
 from ..algorithms.minimax import MinimaxSettings
 from ..algorithms.sharpness import SharpnessSettings
 from .configs import ALGORITHMS, RANGE_METHODS, LowBitConfig
@@ -60,7 +62,6 @@ class ZSAQConfig(LowBitConfig):
             a `Source` of your own. Its name is stored.
         written_sequences (`int`, *optional*): how many sequences are written, before training, and drawn from; None:
             65,536 tokens.
-        ranges (`str`): as in `LowBitConfig`, or "auto", see `surgery.range_method`.
         start (`str`): "compensated": the codes from which training starts make up for each other's errors, see
             `algorithms/compensation.py`; "rounding": each weight is rounded on its own; "auto": compensated where a model
             wrote the inputs, rounding where they are drawn from a prior, to which compensation is fitted too closely.
@@ -87,17 +88,21 @@ class ZSAQConfig(LowBitConfig):
     """
 
     algorithm = "zsaq"
-    trains_on_load = True
-    range_methods = ("auto", *RANGE_METHODS)
+    knows_energies = True
+    range_methods = (*RANGE_METHODS, "energy")
 
     def __init__(self, **fields: Any):
         for name, default in (_MINIMAX | _SHARPNESS | _OWN).items():
             setattr(self, name, fields.pop(name, default))
-        super().__init__(**{"ranges": "auto", **fields})
+        super().__init__(**fields)
 
     @classmethod
     def _fields(cls) -> list[str]:
         return [*_MINIMAX, *_SHARPNESS, *_OWN, *super()._fields()]
+
+    def runs_float_model(self, model: nn.Module) -> bool:
+        """Always."""
+        return True
 
     def _check_values(self) -> None:
         super()._check_values()

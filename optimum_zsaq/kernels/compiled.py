@@ -20,16 +20,17 @@ from .sparse import value_gradient
 
 
 def _spec_text(spec: LayerSpec) -> str:
-    """A spec as an argument that graphs can carry: "4 row 0 1 0 8 token" and so on; the outliers' share is not needed."""
+    """A spec as an argument that graphs can carry: "4 row 0 100 32 8 token"; the outliers' share is not needed."""
     weight, inputs = spec.weight, spec.inputs
-    text = f"{weight.bits} {weight.granularity} {weight.group_size or 0} {int(weight.symmetric)} {int(weight.ternary)}"
+    flags = f"{int(weight.symmetric)}{int(weight.ternary)}{int(weight.minimum)}"
+    text = f"{weight.bits} {weight.granularity} {weight.group_size or 0} {flags} {weight.scale_bits}"
     return text if inputs is None else f"{text} {inputs.bits} {inputs.granularity}"
 
 
 @lru_cache
 def _spec(text: str) -> LayerSpec:
-    bits, granularity, size, symmetric, ternary, *inputs = text.split()
-    weight = QuantSpec(int(bits), granularity, int(size) or None, symmetric == "1", ternary == "1")
+    bits, granularity, size, flags, scale_bits, *inputs = text.split()
+    weight = QuantSpec(int(bits), granularity, int(size) or None, *(flag == "1" for flag in flags), int(scale_bits))
     return LayerSpec(weight, QuantSpec(int(inputs[0]), inputs[1], symmetric=False) if inputs else None)
 
 
@@ -63,14 +64,14 @@ def _int8_linear(x: Tensor, packed: PackedTensors, bias: Tensor | None) -> Tenso
         scale = torch.where(scale == 0, 1.0, scale)
         zero_point = torch.round(-low / scale)
     codes = (torch.round(rows / scale) + zero_point).clamp(0.0, highest).to(torch.uint8)
-    weight = (packed.codes, packed.scale, packed.zero_point, _spec_text(packed.spec), packed.columns)
+    weight = (packed.codes, packed.scale, packed.shift, _spec_text(packed.spec), packed.columns)
     y = torch.ops.zsaq.integer_linear(codes, scale, zero_point, bias, *weight)
     return y.to(x.dtype).view(*x.shape[:-1], packed.rows)
 
 
 def _tensors(packed: PackedTensors) -> tuple[Tensor | None, ...]:
     outliers = (packed.outlier_positions, packed.outlier_values)
-    return packed.codes, packed.scale, packed.zero_point, *outliers, packed.input_scale, packed.input_zero_point
+    return packed.codes, packed.scale, packed.shift, *outliers, packed.input_scale, packed.input_zero_point
 
 
 # Operators -----------------------------------------------------------------------------------------------------------
@@ -115,7 +116,7 @@ def _backward(ctx, grad):
 
 
 _define(
-    "packed_linear(Tensor x, Tensor? bias, Tensor codes, Tensor scale, Tensor? zero_point, Tensor? outlier_positions, "
+    "packed_linear(Tensor x, Tensor? bias, Tensor codes, Tensor scale, Tensor? shift, Tensor? outlier_positions, "
     "Tensor? outlier_values, Tensor? input_scale, Tensor? input_zero_point, str spec, SymInt columns, str runtime, "
     "str kernel) -> Tensor",
     _run_packed_linear,
@@ -124,14 +125,14 @@ _define(
 library.register_autograd("zsaq::packed_linear", _backward, setup_context=_setup_context, lib=_LIBRARY)
 
 
-def _run_integer_linear(inputs, input_scale, input_zero_point, bias, codes, scale, zero_point, spec, columns):
-    packed = PackedTensors(_spec(spec), columns, codes, scale, zero_point)
+def _run_integer_linear(inputs, input_scale, input_zero_point, bias, codes, scale, shift, spec, columns):
+    packed = PackedTensors(_spec(spec), columns, codes, scale, shift)
     return integer_linear(inputs, input_scale, input_zero_point, packed, bias)
 
 
 _define(
     "integer_linear(Tensor inputs, Tensor input_scale, Tensor input_zero_point, Tensor? bias, Tensor codes, Tensor scale, "
-    "Tensor? zero_point, str spec, SymInt columns) -> Tensor",
+    "Tensor? shift, str spec, SymInt columns) -> Tensor",
     _run_integer_linear,
     lambda inputs, input_scale, input_zero_point, bias, codes, *_: inputs.new_empty(
         inputs.shape[0], codes.shape[0], dtype=torch.float32

@@ -31,6 +31,7 @@ class CudaInt8:
             and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
             and packed.spec.inputs is not None
             and packed.spec.weight.granularity != "group"
+            and not packed.spec.weight.minimum
             and packed.runtime == "fast"
             and is_available()
         )

@@ -17,7 +17,7 @@ def dense_products(x: Tensor, packed: PackedTensors) -> Tensor:
     for start in range(0, packed.rows, step):
         rows = slice(start, start + step)
         codes = unpack_codes(packed.codes[rows], spec.bits, packed.columns)
-        weight = dequantize(codes, _of(packed.scale, rows), _of(packed.zero_point, rows), spec)
+        weight = dequantize(codes, _of(packed.scale, rows), _of(packed.shift, rows), spec)
         out[:, rows] = torch.nn.functional.linear(x, weight.to(x.dtype))
     return out
 

@@ -18,7 +18,7 @@ _FEW_ROWS = 8  # more rows take the dense weight, block by block: our choice
 
 
 class Int4:
-    """y = x @ ((codes - 8) * scale).T + bias; scales are rounded to bfloat16."""
+    """y = x @ ((codes - 8) * scale + shift).T + bias; scale and shift are rounded to bfloat16."""
 
     name = "int4"
 
@@ -30,7 +30,7 @@ class Int4:
             and packed.spec.inputs is None
             and packed.runtime == "fast"
             and x.device.type == "cpu"
-            and (weight.bits <= 4 if weight.symmetric else weight.bits <= 3)
+            and weight.bits <= (4 if weight.symmetric or weight.minimum else 3)
             and (weight.granularity != "group" or weight.group_size in _GROUPS)
             and is_available()
             and is_exact()
@@ -60,16 +60,18 @@ def _pack(packed: PackedTensors) -> tuple[Tensor, int, Tensor]:
     size = spec.group_size or next((g for g in _GROUPS if columns % g == 0), _GROUPS[-1])
     groups = -(-columns // size)
     levels = unpack_codes(packed.codes, spec.bits, columns).to(torch.int32)
-    if spec.symmetric:
-        levels -= spec.offset
+    middle = 2 ** (spec.bits - 1)
+    if spec.symmetric or spec.minimum:
+        levels -= middle
     else:
-        zero = packed.zero_point.to(torch.int32).expand(packed.rows, -1)
+        zero = packed.shift.to(torch.int32).expand(packed.rows, -1)
         levels -= zero.repeat_interleave(size, dim=1)[:, :columns] if zero.shape[1] > 1 else zero
     padding = (0, groups * size - columns, 0, -packed.rows % _ROWS)
     codes = torch.nn.functional.pad(levels + 8, padding, value=8)
-    scale = packed.scale.expand(packed.rows, -1).expand(-1, groups) if packed.scale.shape[1] == 1 else packed.scale
-    scale = torch.nn.functional.pad(scale, (0, 0, 0, -packed.rows % _ROWS)).t()
-    scales = torch.stack([scale, torch.zeros_like(scale)], dim=-1).to(torch.bfloat16).contiguous()
+    scale = packed.scale.float().expand(packed.rows, groups)
+    shift = packed.shift.float().expand(packed.rows, groups) + middle * scale if spec.minimum else torch.zeros_like(scale)
+    scales = torch.nn.functional.pad(torch.stack([scale, shift], dim=-1), (0, 0, 0, 0, 0, -packed.rows % _ROWS))
+    scales = scales.transpose(0, 1).to(torch.bfloat16).contiguous()
     return torch._convert_weight_to_int4pack_for_cpu(codes, 1), size, scales
 
 

@@ -125,7 +125,8 @@ def _per_row(values: Tensor, rows: int) -> Tensor:
 class _IntegerWeight(ABC):
     """A weight as int8, in a library's layout: weight[o, i] = scale[o, g] * w[o, i] - zero[o, g].
 
-    Only 8-bit codes with a zero point need `zero`; the others are int8 after their zero point was subtracted.
+    Only 8-bit codes with a zero point and codes with a minimum need `zero`; the others are int8 after their zero point was
+    subtracted.
     """
 
     @torch.no_grad()
@@ -133,16 +134,20 @@ class _IntegerWeight(ABC):
         spec = packed.spec.weight
         self.segments = _segments(packed)
         widths = torch.tensor([stop - start for start, stop in self.segments])
-        scale, zero = _per_row(packed.scale, packed.rows), None
-        if packed.zero_point is not None:
-            zero = _per_row(packed.zero_point, packed.rows)
+        scale, zero = _per_row(packed.scale.float(), packed.rows), None
+        if packed.shift is not None:
+            zero = _per_row(packed.shift, packed.rows)
         weight = unpack_codes(packed.codes, spec.bits, packed.columns)
         self.zero = None
-        if zero is not None and spec.bits < 8:
+        if spec.minimum:
+            middle = 128 if spec.bits == 8 else 0
+            weight = weight - middle
+            self.zero = -zero.float() - middle * scale
+        elif zero is not None and spec.bits < 8:
             weight = weight - zero.repeat_interleave(widths, dim=1, output_size=packed.columns)
         else:
             weight = weight - 2 ** (spec.bits - 1)
-        if zero is not None and spec.bits == 8:
+        if zero is not None and spec.bits == 8 and not spec.minimum:
             self.zero = (zero.float() - 128.0) * scale
         weight = weight.view(torch.int8)  # what wrapped around in uint8 is right in int8
         sums = torch.stack([weight[:, a:b].sum(dim=1, dtype=torch.int32) for a, b in self.segments], dim=1)
@@ -237,7 +242,8 @@ def _blockwise_products(inputs: IntegerInputs, packed: PackedTensors) -> Tensor:
     """The input's integers times the weight, from int32 sums. Shapes: -> (M, O) float32.
 
     With q = codes of the input - 128, z = its zero point - 128, w the codes of the weight and u their zero point, over n
-    columns: sum (q - z)(w - u) = sum qw - z sum w - u (sum q - n z). A row of ones among the inputs gives sum w.
+    columns: sum (q - z)(w - u) = sum qw - z sum w - u (sum q - n z). A row of ones among the inputs gives sum w. A minimum
+    m adds m (sum q - n z) to the products times the scale.
     """
     signed = inputs.codes.bitwise_xor(128).view(torch.int8)
     left = torch.cat([signed, signed.new_ones(1, packed.columns)])
@@ -251,7 +257,8 @@ def _blockwise_products(inputs: IntegerInputs, packed: PackedTensors) -> Tensor:
     for start in range(0, packed.rows, step):
         rows = slice(start, min(start + step, packed.rows))
         weight, offset = widened(packed, rows)
-        scale = _per_row(packed.scale if len(packed.scale) == 1 else packed.scale[rows], len(weight))
+        scale = _per_row(_of(packed.scale, rows).float(), len(weight))
+        minimum = _minimum(packed, rows, scale)
         total = None
         for group, (a, b) in enumerate(segments):
             y = torch._int_mm(left[:, a:b], weight[:, a:b].t())
@@ -260,7 +267,10 @@ def _blockwise_products(inputs: IntegerInputs, packed: PackedTensors) -> Tensor:
                 y.addr_(zero, weight_sums, alpha=-1)
             if offset is not None:
                 y.addr_(sums[group], offset[:, group], alpha=-1)
-            y = inputs.combine(y * scale[:, group])
+            y = y * scale[:, group]
+            if minimum is not None:
+                y.addr_(sums[group].float(), minimum[:, group])
+            y = inputs.combine(y)
             total = y if total is None else total.add_(y)
         out[:, rows] = total
     return out
@@ -276,20 +286,35 @@ def _zero_points(inputs: IntegerInputs) -> Tensor | None:
 
 
 def widened(packed: PackedTensors, rows: slice) -> tuple[Tensor, Tensor | None]:
-    """Codes of some rows as (r, I) int8, and their zero points as (r, G) int32, None where all are zero."""
+    """Codes of some rows as (r, I) int8, and their zero points as (r, G) int32, None where all are zero or a minimum."""
     spec = packed.spec.weight
     weight, shift = unpack_codes(packed.codes[rows], spec.bits, packed.columns), 0
     if spec.bits == 8:
         weight, shift = weight ^ 128, 128
-    if spec.symmetric:
+    if spec.minimum:
+        offset = None
+    elif spec.symmetric:
         offset = None if spec.offset == shift else torch.tensor(spec.offset).view(1, 1)
     else:
-        offset = packed.zero_point if len(packed.zero_point) == 1 else packed.zero_point[rows]
+        offset = _of(packed.shift, rows)
     if offset is not None:
         offset = _per_row(offset.to(torch.int32) - shift, len(weight))
         if offset.shape[1] == 1 and packed.spec.weight.granularity == "group":
             offset = offset.expand(-1, len(_segments(packed)))
     return weight.view(torch.int8), offset
+
+
+def _minimum(packed: PackedTensors, rows: slice, scale: Tensor) -> Tensor | None:
+    """The minimum of some rows, of codes as `widened` has them: (r, G) float32; None where there is none."""
+    spec = packed.spec.weight
+    if not spec.minimum:
+        return None
+    minimum = _per_row(_of(packed.shift, rows).float(), len(scale))
+    return minimum + 128 * scale if spec.bits == 8 else minimum
+
+
+def _of(values: Tensor, rows: slice) -> Tensor:
+    return values if len(values) == 1 else values[rows]
 
 
 # Whether this machine can --------------------------------------------------------------------------------------------

@@ -12,8 +12,9 @@ from ..spec import LayerSpec, QuantSpec
 class PackedTensors:
     """One packed weight (O, I), what its layer does to the input, and how it shall be run.
 
-    Shapes: codes (O, ceil(I * bits / 8)) uint8; scale and zero_point as in `QuantSpec`; outlier_positions (k,) int32;
-    outlier_values (k,) float32; input_scale (1, 1) float32; input_zero_point (1, 1) uint8. What a scheme lacks is None.
+    Shapes: codes (O, ceil(I * bits / 8)) uint8; scale and shift (uint8 zero point or float minimum) as in `QuantSpec`;
+    outlier_positions (k,) int32; outlier_values (k,) float32; input_scale (1, 1) float32; input_zero_point (1, 1) uint8.
+    What a scheme lacks is None.
     `runtime` is "fast" or "small" (see `surgery.set_runtime`); `kernel` names the only kernel allowed, "" allows all.
     """
 
@@ -21,7 +22,7 @@ class PackedTensors:
     columns: int
     codes: Tensor
     scale: Tensor
-    zero_point: Tensor | None = None
+    shift: Tensor | None = None
     outlier_positions: Tensor | None = None
     outlier_values: Tensor | None = None
     input_scale: Tensor | None = None
@@ -37,7 +38,7 @@ class PackedTensors:
     def weight(self) -> Tensor:
         """The dense weight (O, I) float32 that the codes and the outliers stand for."""
         spec = self.spec.weight
-        weight = dequantize(unpack_codes(self.codes, spec.bits, self.columns), self.scale, self.zero_point, spec)
+        weight = dequantize(unpack_codes(self.codes, spec.bits, self.columns), self.scale, self.shift, spec)
         if self.outlier_positions is not None:
             weight = add_outliers(weight, self.outlier_positions, self.outlier_values)
         return weight

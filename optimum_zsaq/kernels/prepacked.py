@@ -40,7 +40,7 @@ def all_prepacked(packed: PackedTensors) -> dict[str, Any]:
 
 
 def _stamps(packed: PackedTensors) -> tuple:
-    tensors = (packed.codes, packed.scale, packed.zero_point)
+    tensors = (packed.codes, packed.scale, packed.shift)
     return tuple([None if tensor is None else stamp(tensor) for tensor in tensors])
 
 

@@ -13,25 +13,29 @@ def dequantize_and_multiply(
     x,
     codes,
     scale,
-    zero_point,
+    shift,
     bias,
     out,
     rows,
     outputs,
     columns,
     row_bytes,
-    scale_row,  # strides of scale and zero_point; 0 where all rows or all groups share one
+    scale_row,  # strides of scale and shift; 0 where all rows or all groups share one
     scale_group,
     group_size,
     OFFSET: tl.constexpr,  # zero point of a symmetric scheme
     BITS: tl.constexpr,
     ASYMMETRIC: tl.constexpr,
+    MINIMUM: tl.constexpr,
     BIAS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """One (BLOCK_M, BLOCK_N) tile of x @ ((codes - zero) * scale).T + bias, with float32 sums."""
+    """One (BLOCK_M, BLOCK_N) tile of x @ W.T + bias, with float32 sums.
+
+    W is (codes - zero) * scale or, with a minimum, codes * scale + minimum.
+    """
     m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     x_rows = x + m[:, None].to(tl.int64) * columns
@@ -48,11 +52,13 @@ def dequantize_and_multiply(
             word |= beyond.to(tl.int32) << 8
         level = (word >> (k * BITS % 8)[None, :]) & (2**BITS - 1)
         group = n[:, None] * scale_row + (k // group_size)[None, :] * scale_group
-        if ASYMMETRIC:
-            level -= tl.load(zero_point + group, mask=inside, other=0).to(tl.int32)
+        if MINIMUM:
+            level = level.to(tl.float32) * tl.load(scale + group, mask=inside, other=0.0).to(tl.float32)
+            weight = (level + tl.load(shift + group, mask=inside, other=0.0).to(tl.float32)).to(tile.dtype)
         else:
-            level -= OFFSET
-        weight = (level.to(tl.float32) * tl.load(scale + group, mask=inside, other=0.0)).to(tile.dtype)
+            level -= tl.load(shift + group, mask=inside, other=0).to(tl.int32) if ASYMMETRIC else OFFSET
+            factor = tl.load(scale + group, mask=inside, other=0.0).to(tl.float32)
+            weight = (level.to(tl.float32) * factor).to(tile.dtype)
         total += tl.dot(tile, tl.trans(weight), input_precision="ieee")
     if BIAS:
         total += tl.load(bias + n, mask=n < outputs, other=0.0).to(tl.float32)[None, :]
@@ -74,7 +80,7 @@ def dequantized_matmul(x: Tensor, packed: PackedTensors, bias: Tensor | None) ->
             x,
             codes,
             scale,
-            scale if packed.zero_point is None else packed.zero_point,
+            scale if packed.shift is None else packed.shift,
             scale if bias is None else bias.detach(),
             out,
             len(x),
@@ -86,7 +92,8 @@ def dequantized_matmul(x: Tensor, packed: PackedTensors, bias: Tensor | None) ->
             spec.group_size or packed.columns,
             OFFSET=spec.offset,
             BITS=spec.bits,
-            ASYMMETRIC=packed.zero_point is not None,
+            ASYMMETRIC=packed.shift is not None and not spec.minimum,
+            MINIMUM=spec.minimum,
             BIAS=bias is not None,
             BLOCK_M=block_m,
             BLOCK_N=block_n,

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels.packed_tensors import quantize_inputs
+from ..ops import scale_dtype
 from ..spec import LayerSpec
 
 
 STEP_SIZES = ("weight_scale", "input_scale")
-SCALES = (*STEP_SIZES, "weight_outlier_values")  # float32 whatever the model's dtype
+SCALES = (*STEP_SIZES, "weight_minimum", "weight_outlier_values")  # keep their dtype, whatever the model's is
 INTEGERS = ("weight_codes", "weight_zero_point", "input_zero_point", "weight_outlier_positions")
 
 
@@ -26,6 +27,11 @@ class LowBitLayer:
 
     spec: LayerSpec
     float_type: type | None = None
+
+    @property
+    def weight_shift(self) -> Tensor | None:
+        """What stands beside the weight's scale: its zero point, its minimum, or None where codes are symmetric."""
+        return self._parameters["weight_minimum" if self.spec.weight.minimum else "weight_zero_point"]
 
     @property
     def owner(self) -> "LowBitLayer":
@@ -42,8 +48,20 @@ class LowBitLayer:
                 self.register_parameter(name, None)
 
     def _set_tensor(self, name: str, value: Tensor | None) -> None:
-        """Register a scale (float32) or integer tensor as a frozen Parameter, so that DDP does not broadcast it."""
+        """Register a scale or integer tensor as a frozen Parameter, so that DDP does not broadcast it."""
         self.register_parameter(name, None if value is None else nn.Parameter(value, requires_grad=False))
+
+    @torch.no_grad()
+    def scale_rows(self, factors: Tensor) -> None:
+        """Multiply the rows that the codes stand for; scales are float32 from now on.
+
+        Shapes: factors (1,) or (O,) float32.
+        """
+        spec = self.spec.weight
+        self.spec = replace(self.spec, weight=replace(spec, scale_bits=32))
+        names = ("weight_scale", "weight_minimum") if spec.minimum else ("weight_scale",)
+        for name in names:
+            self._set_tensor(name, getattr(self, name).float() * factors.view(-1, 1))
 
     def store_outliers(self, positions: Tensor, values: Tensor, share: float | None = None) -> None:
         """Store other outliers than until now; the spec's share of them becomes the one that gives as many.
@@ -63,6 +81,13 @@ class LowBitLayer:
         self.spec = next(spec for spec in specs if spec.outlier_count(rows, columns) == len(positions))
         self._set_tensor("weight_outlier_positions", positions if len(positions) else None)
         self._set_tensor("weight_outlier_values", values if len(positions) else None)
+
+    def _new_shift(self, shape: tuple[int, int]) -> None:
+        """The zero point or the minimum of the weight, as zeros."""
+        spec = self.spec.weight
+        zero_point = None if spec.symmetric or spec.minimum else torch.zeros(shape, dtype=torch.uint8)
+        self._set_tensor("weight_zero_point", zero_point)
+        self._set_tensor("weight_minimum", torch.zeros(shape, dtype=scale_dtype(spec)) if spec.minimum else None)
 
     def _new_input_tensors(self) -> None:
         tensors = self.uncalibrated_input_tensors(self.weight.device)
@@ -89,13 +114,13 @@ class LowBitLayer:
         return quantize_inputs(x, self.spec.inputs, self.input_scale, self.input_zero_point)
 
     def _apply(self, fn, recurse: bool = True):
-        """As `nn.Module._apply`, but `model.to(bfloat16)` leaves scales float32."""
+        """As `nn.Module._apply`, but `model.to(bfloat16)` leaves scales as they are."""
         kept = {name: self._parameters[name] for name in SCALES if self._parameters.get(name) is not None}
         kept = {name: parameter.data for name, parameter in kept.items()}
         super()._apply(fn, recurse)
         for name, value in kept.items():
             parameter = self._parameters[name]
-            if parameter.dtype != torch.float32:
+            if parameter.dtype != value.dtype:
                 parameter.data = value.to(parameter.device)
         return self
 

@@ -20,6 +20,7 @@ from ..ops import (
     gather_outlier_rows,
     largest_of_rows,
     largest_positions,
+    stored_scale,
 )
 from ..spec import LayerSpec, QuantSpec
 from .common import LowBitLayer
@@ -50,10 +51,9 @@ class _FakeQuant(LowBitLayer):
         shape = spec.weight.scale_shape(rows, columns)
         device = self.weight.device
         self._set_tensor("weight_scale", torch.ones(shape, dtype=torch.float32, device=device))
-        zero_point = None if spec.weight.symmetric else torch.zeros(shape, dtype=torch.uint8, device=device)
-        self._set_tensor("weight_zero_point", zero_point)
         count = spec.outlier_count(rows, columns)
         with torch.device(device):
+            self._new_shift(shape)
             self._set_tensor("weight_outlier_positions", torch.zeros(count, dtype=torch.int32) if count else None)
             self._set_tensor("weight_outlier_values", torch.zeros(count, dtype=torch.float32) if count else None)
             self._new_input_tensors()
@@ -74,7 +74,7 @@ class _FakeQuant(LowBitLayer):
 
     @torch.no_grad()
     def find_ranges(self, ranges: str = "mse", energies: Tensor | None = None) -> None:
-        """Set scales (and zero points, outliers) from the master weight, in place. Does nothing on a tied layer.
+        """Set scales (and zero points or minima, outliers) from the master weight, in place. Does nothing on a tied layer.
 
         Args: see `ops.find_ranges`.
 
@@ -90,10 +90,10 @@ class _FakeQuant(LowBitLayer):
             if not torch.isfinite(weight.reshape(-1)[self.weight_outlier_positions.long()]).all():
                 raise ValueError(NOT_FINITE)
             weight = weight.contiguous().view(-1).index_fill(0, self.weight_outlier_positions.long(), 0.0).view_as(weight)
-        scale, zero_point = find_ranges(weight, self.spec.weight, ranges, energies)
+        scale, shift = find_ranges(weight, self.spec.weight, ranges, energies)
         self.weight_scale.copy_(scale)
-        if zero_point is not None:
-            self.weight_zero_point.copy_(zero_point)
+        if shift is not None:
+            self.weight_shift.copy_(shift)
         if self.weight_outlier_values is not None:
             self.weight_outlier_values.copy_(self._residual())
 
@@ -110,15 +110,18 @@ class _FakeQuant(LowBitLayer):
         return torch.cat(found)
 
     def block_ranges(self, start: int, count: int) -> tuple[Tensor, Tensor | None]:
-        """Scale and zero point of `count` rows from row `start` on."""
-        rows = torch.arange(start, start + count, device=self.weight_scale.device)
-        return rows_of(self.weight_scale, rows), rows_of(self.weight_zero_point, rows)
+        """Scale, and zero point or minimum, of `count` rows from row `start` on."""
+        return self._ranges_of(torch.arange(start, start + count, device=self.weight_scale.device))
+
+    def _ranges_of(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
+        return rows_of(stored_scale(self.weight_scale, self.spec.weight), rows), rows_of(self.weight_shift, rows)
 
     def rounded_weight(self) -> Tensor:
         """The weight that the codes alone stand for. Shapes: (O, I) float32, differentiable (straight-through)."""
         owner = self.owner
         master = self.master().float().contiguous()  # a matmul may round by the memory layout: that of the packed layer
-        return fake_quantize(master, owner.weight_scale, owner.weight_zero_point, owner.spec.weight)
+        spec = owner.spec.weight
+        return fake_quantize(master, stored_scale(owner.weight_scale, spec), owner.weight_shift, spec)
 
     def quantized_weight(self) -> Tensor:
         """The weight as the packed layer will have it. Shapes: (O, I) float32, differentiable (straight-through)."""
@@ -187,7 +190,7 @@ class FakeQuantEmbedding(_FakeQuant, nn.Embedding):
             return nn.functional.embedding(input, self.quantized_weight().to(self.weight.dtype), self.padding_idx)
         flat = input.reshape(-1).long()
         rows = nn.functional.embedding(flat, self.weight, self.padding_idx).float()
-        rows = fake_quantize(rows, rows_of(owner.weight_scale, flat), rows_of(owner.weight_zero_point, flat), spec)
+        rows = fake_quantize(rows, *owner._ranges_of(flat), spec)
         if owner.weight_outlier_positions is not None:
             positions, values = owner.weight_outlier_positions, owner.weight_outlier_values
             rows = rows + gather_outlier_rows(flat, self.embedding_dim, positions, values)

@@ -1,7 +1,8 @@
 """The frozen state: integer codes and scales, no float weight.
 
 State dict of a packed layer: `weight` (marker), `weight_codes`, `weight_scale`, then what the scheme has of
-`weight_zero_point`, `weight_outlier_positions`, `weight_outlier_values`, `input_scale`, `input_zero_point`, and `bias`.
+`weight_zero_point` or `weight_minimum`, `weight_outlier_positions`, `weight_outlier_values`, `input_scale`,
+`input_zero_point`, and `bias`.
 
 The marker is a float Parameter (O, 1) of zeros under the name `weight`. It has the model's dtype for code that asks for
 `layer.weight.dtype`; its shape makes a process without this package stop at loading, and a merge into it fail.
@@ -13,7 +14,16 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels import KERNELS, PackedTensors, drop_outlier_matrix, drop_prepacked, packed_linear
-from ..ops import dequantize, gather_outlier_rows, pack_codes, packed_columns, quantize, unpack_codes
+from ..ops import (
+    dequantize,
+    gather_outlier_rows,
+    pack_codes,
+    packed_columns,
+    quantize,
+    scale_dtype,
+    to_stored,
+    unpack_codes,
+)
 from ..spec import LayerSpec
 from .common import LowBitLayer
 from .fake import _FakeQuant, row_blocks, rows_of
@@ -34,8 +44,8 @@ class _Packed(LowBitLayer):
         shape = spec.weight.scale_shape(rows, columns)
         codes = torch.zeros(rows, packed_columns(columns, spec.weight.bits), dtype=torch.uint8)
         self._set_tensor("weight_codes", codes)
-        self._set_tensor("weight_scale", torch.ones(shape, dtype=torch.float32))
-        self._set_tensor("weight_zero_point", None if spec.weight.symmetric else torch.zeros(shape, dtype=torch.uint8))
+        self._set_tensor("weight_scale", torch.ones(shape, dtype=scale_dtype(spec.weight)))
+        self._new_shift(shape)
         count = spec.outlier_count(rows, columns)
         self._set_tensor("weight_outlier_positions", torch.zeros(count, dtype=torch.int32) if count else None)
         self._set_tensor("weight_outlier_values", torch.zeros(count, dtype=torch.float32) if count else None)
@@ -79,7 +89,7 @@ class _Packed(LowBitLayer):
             owner.columns,
             tensors["weight_codes"],
             tensors["weight_scale"],
-            tensors["weight_zero_point"],
+            owner.weight_shift,
             tensors["weight_outlier_positions"],
             tensors["weight_outlier_values"],
             own.get("input_scale"),
@@ -117,9 +127,9 @@ def packed_tensors(fake: _FakeQuant) -> dict[str, Tensor]:
     for start, rows in row_blocks(master, spec):
         block = quantize(rows, *fake.block_ranges(start, len(rows)), spec)
         codes[start : start + len(rows)] = pack_codes(block, spec.bits)
-    names = ("weight_scale", "weight_zero_point", "weight_outlier_positions", "weight_outlier_values")
+    names = ("weight_zero_point", "weight_minimum", "weight_outlier_positions", "weight_outlier_values")
     kept = {name: getattr(fake, name).detach().clone() for name in names if getattr(fake, name) is not None}
-    return {"weight_codes": codes, **kept}
+    return {"weight_codes": codes, "weight_scale": to_stored(fake.weight_scale.detach().clone(), spec), **kept}
 
 
 class PackedLinear(_Packed, nn.Linear):
@@ -195,8 +205,7 @@ class PackedEmbedding(_Packed, nn.Embedding):
         owner, spec = self.owner, self.owner.spec.weight
         flat = input.reshape(-1).long()
         codes = unpack_codes(owner.weight_codes.index_select(0, flat), spec.bits, owner.columns)
-        scale, zero_point = rows_of(owner.weight_scale, flat), rows_of(owner.weight_zero_point, flat)
-        rows = dequantize(codes, scale, zero_point, spec)
+        rows = dequantize(codes, rows_of(owner.weight_scale, flat), rows_of(owner.weight_shift, flat), spec)
         if owner.weight_outlier_positions is not None:
             positions, values = owner.weight_outlier_positions, owner.weight_outlier_values
             gather = torch.ops.zsaq.outlier_rows if torch.compiler.is_compiling() else gather_outlier_rows

@@ -3,7 +3,7 @@
 Functions of tensors and a `QuantSpec`; no modules, no state, inputs are never changed.
 """
 
-from .affine import clipped, dequantize, fake_quantize, fake_quantize_tokens, quantize
+from .affine import clipped, dequantize, fake_quantize, fake_quantize_tokens, quantize, scale_dtype, stored_scale, to_stored
 from .outliers import (
     add_outliers,
     first_largest,
@@ -36,7 +36,10 @@ __all__ = [
     "packed_columns",
     "quantize",
     "round_ste",
+    "scale_dtype",
+    "stored_scale",
     "sum_at_positions",
+    "to_stored",
     "union_of_positions",
     "unpack_codes",
 ]

@@ -11,6 +11,7 @@ from ..spec import QuantSpec
 from .rounding import replace_value, round_scaled
 
 
+_LEAST_HALF = 2.0**-24  # the smallest positive float16
 _THRESHOLD = 0.7  # TWN section 3.1: a weight is zero where |w| <= 0.7 * mean |w|
 
 
@@ -31,11 +32,42 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _bounds(zero_point: Tensor | None, spec: QuantSpec) -> tuple[Tensor | float, Tensor | float]:
+def _bounds(shift: Tensor | None, spec: QuantSpec) -> tuple[Tensor | float, Tensor | float]:
     """The least and the greatest multiple of the scale."""
-    if zero_point is None:
+    if shift is None or spec.minimum:
         return float(spec.lowest), float(spec.highest)
-    return spec.lowest - zero_point, spec.highest - zero_point
+    return spec.lowest - shift, spec.highest - shift
+
+
+def stored_scale(scale: Tensor, spec: QuantSpec) -> Tensor:
+    """A scale as a checkpoint stores it, with the gradient of the scale itself. Shapes: any float32 -> same."""
+    return scale if spec.scale_bits == 32 else replace_value(scale, to_stored(scale.detach(), spec).to(scale.dtype))
+
+
+def scale_dtype(spec: QuantSpec) -> torch.dtype:
+    """Of a stored scale and minimum."""
+    return torch.float16 if spec.scale_bits == 16 else torch.float32
+
+
+def to_stored(values: Tensor, spec: QuantSpec) -> Tensor:
+    """Scales or minima in the dtype that they are stored in; one too small for float16 becomes its smallest number.
+
+    Shapes: any float dtype -> same, float32 or float16.
+
+    Raises:
+        ValueError: a value beyond float16.
+    """
+    found = values.to(scale_dtype(spec))
+    if spec.scale_bits == 32:
+        return found
+    if found.isinf().any() and values.isfinite().all():
+        raise ValueError(
+            f"a weight's scale or minimum is {values.abs().max().item():g}, beyond the 65504 that float16 holds; "
+            "check the float checkpoint, or use granularity='row'"
+        )
+    return torch.where(
+        (found == 0) & (values != 0), torch.copysign(torch.tensor(_LEAST_HALF), values).to(found.dtype), found
+    )
 
 
 def ternary_levels(x: Tensor, spec: QuantSpec) -> Tensor:
@@ -63,59 +95,66 @@ def slice_means(x: Tensor, spec: QuantSpec) -> Tensor:
     return torch.cat(means, dim=-1)
 
 
-def _operands(x: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec):
+def _operands(x: Tensor, scale: Tensor, shift: Tensor | None, spec: QuantSpec):
     dtype = compute_dtype(x)
     scale = expand_slices(scale, x.shape[-1], spec).to(dtype)
-    if zero_point is not None:
-        zero_point = expand_slices(zero_point, x.shape[-1], spec).to(dtype)
-    return x.to(dtype), scale, zero_point
+    if shift is not None:
+        shift = expand_slices(shift, x.shape[-1], spec).to(dtype)
+    return x.to(dtype), scale, shift
 
 
-def quantize(x: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec) -> Tensor:
+def quantize(x: Tensor, scale: Tensor, shift: Tensor | None, spec: QuantSpec) -> Tensor:
     """The codes of a tensor, as unsigned integers of `spec.bits` bits.
 
-    Shapes: x (O, I) any float dtype, scale and zero_point as in `QuantSpec` -> (O, I) uint8; a symmetric code c is
-    stored as c + 2^(bits - 1).
+    Shapes: x (O, I) any float dtype, scale and shift (zero point, minimum or None) as in `QuantSpec` -> (O, I) uint8; a
+    symmetric code c is stored as c + 2^(bits - 1).
     """
-    x, scale, zero_point = _operands(x.detach(), scale.detach(), zero_point, spec)
-    levels = ternary_levels(x, spec) if spec.ternary else (x / scale).clamp_(*_bounds(zero_point, spec)).round_()
-    return (levels + (spec.offset if zero_point is None else zero_point)).to(torch.uint8)
+    x, scale, shift = _operands(x.detach(), scale.detach(), shift, spec)
+    if spec.minimum:
+        return ((x - shift) / scale).clamp_(*_bounds(shift, spec)).round_().to(torch.uint8)
+    levels = ternary_levels(x, spec) if spec.ternary else (x / scale).clamp_(*_bounds(shift, spec)).round_()
+    return (levels + (spec.offset if shift is None else shift)).to(torch.uint8)
 
 
-def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec) -> Tensor:
+def dequantize(codes: Tensor, scale: Tensor, shift: Tensor | None, spec: QuantSpec) -> Tensor:
     """The values that codes stand for.
 
-    Shapes: codes (O, I) uint8, scale and zero_point as in `QuantSpec` -> (O, I) float32.
+    Shapes: codes (O, I) uint8, scale and shift (zero point, minimum or None) as in `QuantSpec` -> (O, I) float32.
     """
-    levels = codes.to(torch.float32)
-    levels -= spec.offset if zero_point is None else expand_slices(zero_point, codes.shape[-1], spec).to(levels.dtype)
-    return levels.mul_(expand_slices(scale, codes.shape[-1], spec))
+    levels, columns = codes.to(torch.float32), codes.shape[-1]
+    if spec.minimum:
+        return levels.mul_(expand_slices(scale, columns, spec)).add_(expand_slices(shift, columns, spec))
+    levels -= spec.offset if shift is None else expand_slices(shift, columns, spec).to(levels.dtype)
+    return levels.mul_(expand_slices(scale, columns, spec))
 
 
-def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec) -> Tensor:
+def fake_quantize(x: Tensor, scale: Tensor, shift: Tensor | None, spec: QuantSpec) -> Tensor:
     """`dequantize(quantize(x))`, differentiable in x and in the scale.
 
-    Shapes: x (O, I) or, for spec.granularity "tensor", (..., I) -> same shape, float32 (float64 for float64).
+    Shapes: x (O, I) or, for spec.granularity "tensor", (..., I), scale and shift as in `quantize` -> x's shape, float32
+    (float64 for float64).
 
     The gradient of x is 1 inside the range and 0 outside (ternary: 1 everywhere); that of the scale is
     round(x / s) - x / s inside the range and the bound outside it (LSQ, https://huggingface.co/papers/1902.08153, eq. 3).
     """
-    x, scale, zero_point = _operands(x, scale, zero_point, spec)
+    x, scale, shift = _operands(x, scale, shift, spec)
     if spec.ternary:
         return replace_value(x / scale, ternary_levels(x.detach(), spec)) * scale
-    return round_scaled(x, scale, *_bounds(zero_point, spec))
+    if spec.minimum:
+        return round_scaled(x - shift, scale, *_bounds(shift, spec)) + shift
+    return round_scaled(x, scale, *_bounds(shift, spec))
 
 
-def clipped(x: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec) -> Tensor:
+def clipped(x: Tensor, scale: Tensor, shift: Tensor | None, spec: QuantSpec) -> Tensor:
     """Which values lie outside the range of their codes; of ternary codes none, whose gradient is 1 everywhere.
 
     Shapes: as in `fake_quantize` -> x's, bool.
     """
-    x, scale, zero_point = _operands(x.detach(), scale.detach(), zero_point, spec)
+    x, scale, shift = _operands(x.detach(), scale.detach(), shift, spec)
     if spec.ternary:
         return torch.zeros_like(x, dtype=torch.bool)
-    low, high = _bounds(zero_point, spec)
-    ratio = x / scale
+    low, high = _bounds(shift, spec)
+    ratio = (x - shift if spec.minimum else x) / scale
     return (ratio < low) | (ratio > high)
 
 

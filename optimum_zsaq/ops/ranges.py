@@ -1,6 +1,7 @@
-"""Finding scales and zero points: one function a method, in the registry `RANGES`.
+"""Finding scales, zero points and minima: one function a method, in the registry `RANGES`.
 
-A method gets slices that share a scale, as rows (R, n) float32, and returns scale (R,) and zero point (R,) or None.
+A method gets slices that share a scale, as rows (R, n) float32, and returns scale (R,) and zero point or minimum (R,), or
+None where codes are symmetric.
 "energy" gets a weight of each value's squared error beside them, in the same shape.
 A new method is one function here, one line in `RANGES` and one row in the tests.
 """
@@ -11,37 +12,17 @@ import torch
 from torch import Tensor
 
 from ..spec import QuantSpec
-from .affine import ternary_levels
+from .affine import ternary_levels, to_stored
+from .search import CHUNK, Range, from_bounds, positive, search
 
 
-Range = tuple[Tensor, Tensor | None]
 NOT_FINITE = "a weight is NaN or infinite and has no range; check the float checkpoint"
-_CHUNK = 2**18  # weights looked at together: bounds the temporary memory, and stays in the processor's cache
-_SHRINK = 0.92  # mse: step of the geometric grid of clipping ranges, our choice
-_STEPS = 32  # mse: the smallest range is 0.92^31 = 7.5 % of the full one
-_FINE = (1.0, 0.95, 0.96, 0.97, 0.98, 0.99, 1.01, 1.02, 1.03, 1.04, 1.05)  # mse: around the best of the grid
-_LEAST_SQUARES = 4  # mse: rounds of fitting the scale to the codes found
 _LEAST_ENERGY = 1e-4  # energy: of a channel, as a share of the mean
-_SMALLEST = torch.finfo(torch.float32).tiny
-
-
-def _positive(scale: Tensor) -> Tensor:
-    """A slice of zeros has no range; any scale represents it exactly, 1 is one."""
-    return torch.where(scale > 0, scale, torch.ones_like(scale))
-
-
-def _from_bounds(low: Tensor, high: Tensor, spec: QuantSpec) -> Range:
-    """Scale and zero point of the smallest range that holds [low, high] and zero."""
-    low, high = low.clamp(max=0.0), high.clamp(min=0.0)
-    if spec.symmetric:
-        return _positive(torch.maximum(high / spec.highest, -low / -spec.lowest)), None
-    scale = _positive((high - low) / spec.highest)
-    return scale, torch.clamp(torch.round(-low / scale), spec.lowest, spec.highest)
 
 
 def minmax(slices: Tensor, spec: QuantSpec) -> Range:
     """The smallest range that clips nothing."""
-    return _from_bounds(slices.amin(dim=1), slices.amax(dim=1), spec)
+    return from_bounds(slices.amin(dim=1), slices.amax(dim=1), spec)
 
 
 def lsq(slices: Tensor, spec: QuantSpec) -> Range:
@@ -50,97 +31,22 @@ def lsq(slices: Tensor, spec: QuantSpec) -> Range:
     Asymmetric: twice that, with the minimum at code 0 where the range allows it (BinaryBERT's code does so).
     """
     factor = 2.0 if spec.symmetric else 4.0
-    scale = _positive(factor * slices.abs().mean(dim=1) / spec.highest**0.5)
+    scale = positive(factor * slices.abs().mean(dim=1) / spec.highest**0.5)
     if spec.symmetric:
         return scale, None
-    return scale, torch.clamp(torch.round(-slices.amin(dim=1) / scale), spec.lowest, spec.highest)
+    low = slices.amin(dim=1)
+    return scale, low if spec.minimum else torch.clamp(torch.round(-low / scale), spec.lowest, spec.highest)
 
 
 def ternary(slices: Tensor, spec: QuantSpec) -> Range:
     """TWN's scale: the mean magnitude of the weights above the threshold (section 3.1)."""
     kept = ternary_levels(slices, QuantSpec(2, "row", ternary=True)).abs()
-    return _positive((slices.abs() * kept).sum(dim=1) / kept.sum(dim=1).clamp(min=1.0)), None
+    return positive((slices.abs() * kept).sum(dim=1) / kept.sum(dim=1).clamp(min=1.0)), None
 
 
 def mse(slices: Tensor, spec: QuantSpec, weights: Tensor | None = None) -> Range:
-    """The range of least squared error: a geometric grid of clipping ranges, a fine one around the best, least squares.
-
-    Asymmetric codes also try the neighbouring zero points and clipping either end alone. `weights` (R, n) count the errors.
-
-    Source: our choice of grids, measured in docs/methods/prequant.md; the search as such is common (BRECQ's code).
-    """
-    low, high = slices.amin(dim=1), slices.amax(dim=1)
-    shrink = [_SHRINK**i for i in range(_STEPS)]
-    best = _search(slices, spec, (_from_bounds(low * f, high * f, spec) for f in shrink), weights)
-    if not spec.symmetric:
-        low, high = _bounds(best, spec)
-        best = _search(slices, spec, (_from_bounds(low * f, high, spec) for f in shrink[:16]), weights)
-        low = _bounds(best, spec)[0]
-        best = _search(slices, spec, (_from_bounds(low, high * f, spec) for f in shrink[:16]), weights)
-    best = _search(slices, spec, _neighbours(best, spec), weights)
-    return _least_squares(slices, best, spec, weights)
-
-
-def _bounds(found: Range, spec: QuantSpec) -> tuple[Tensor, Tensor]:
-    scale, zero_point = found
-    return -zero_point * scale, (spec.highest - zero_point) * scale
-
-
-def _neighbours(found: Range, spec: QuantSpec) -> Iterator[Range]:
-    """The range itself, then scales up to 5 % away and, asymmetric, zero points one away."""
-    scale, zero_point = found
-    for shift in (0,) if zero_point is None else (0, -1, 1):
-        z = None if zero_point is None else (zero_point + shift).clamp(spec.lowest, spec.highest)
-        for f in _FINE:
-            yield scale * f, z
-
-
-def _search(slices: Tensor, spec: QuantSpec, candidates: Iterator[Range], weights: Tensor | None) -> Range:
-    """The candidate of least squared error, slice by slice; the first of equals."""
-    best: Range | None = None
-    least = slices.new_full((slices.shape[0],), torch.inf)
-    for found in candidates:
-        error = _fit(slices, found, spec, weights)[0]
-        better = error < least
-        least = torch.where(better, error, least)
-        best = found if best is None else _choose(better, found, best)
-    return best
-
-
-def _choose(better: Tensor, new: Range, old: Range) -> Range:
-    zero_point = None if new[1] is None else torch.where(better, new[1], old[1])
-    return torch.where(better, new[0], old[0]), zero_point
-
-
-def _least_squares(slices: Tensor, found: Range, spec: QuantSpec, weights: Tensor | None) -> Range:
-    """Alternate between codes for the scale and the scale <w, c> / <c, c> for the codes; never worse than `found`."""
-    error, scale = _fit(slices, found, spec, weights)
-    for _ in range(_LEAST_SQUARES):
-        candidate = (_positive(scale), found[1])
-        new_error, scale = _fit(slices, candidate, spec, weights)
-        found = _choose(new_error < error, candidate, found)
-        error = torch.minimum(error, new_error)
-    return found
-
-
-def _fit(slices: Tensor, found: Range, spec: QuantSpec, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Squared error of each slice (R,), and the scale (R,) that would be best for the codes it got."""
-    scale, zero_point = found
-    shift = torch.zeros_like(scale) if zero_point is None else zero_point
-    low, high = (spec.lowest - shift)[:, None], (spec.highest - shift)[:, None]
-    error, inner, norm = (torch.zeros_like(scale) for _ in range(3))
-    for start in range(0, slices.shape[1], _CHUNK):
-        part = slices[:, start : start + _CHUNK]
-        levels = (part / scale[:, None]).round_().clamp_(low, high)
-        errors = (part - levels * scale[:, None]).square_()
-        weighted = levels
-        if weights is not None:
-            weighted = levels * weights[:, start : start + _CHUNK]
-            errors *= weights[:, start : start + _CHUNK]
-        inner += (part * weighted).sum(dim=1)
-        norm += (levels * weighted).sum(dim=1)
-        error += errors.sum(dim=1)
-    return error, inner / norm.clamp(min=1.0 if weights is None else _SMALLEST)
+    """The range of least squared error, see `search.py`. `weights` (R, n) count the errors."""
+    return search(slices, spec, weights)
 
 
 def signed(slices: Tensor, spec: QuantSpec, weights: Tensor | None = None) -> Range:
@@ -148,12 +54,7 @@ def signed(slices: Tensor, spec: QuantSpec, weights: Tensor | None = None) -> Ra
 
     Source: AutoRound's symmetric codes (https://github.com/intel/auto-round), our search.
     """
-    plus = mse(slices, spec, weights)
-    if not spec.symmetric:
-        return plus
-    minus = mse(-slices, spec, weights)
-    better = _fit(-slices, minus, spec, weights)[0] < _fit(slices, plus, spec, weights)[0]
-    return torch.where(better, -minus[0], plus[0]), None
+    return search(slices, spec, weights, both_signs=True)
 
 
 def energy(slices: Tensor, spec: QuantSpec, weights: Tensor) -> Range:
@@ -178,10 +79,10 @@ RANGES: dict[str, Callable[..., Range]] = {
 
 
 def find_ranges(weight: Tensor, spec: QuantSpec, ranges: str = "mse", energies: Tensor | None = None) -> Range:
-    """Scale and zero point of every slice of a weight.
+    """Scale, and zero point or minimum, of every slice of a weight, as they can be stored.
 
-    Shapes: weight (O, I) any float dtype -> scale float32 and zero point uint8 (None if symmetric), shaped as in
-    `QuantSpec.scale_shape`.
+    Shapes: weight (O, I) any float dtype -> scale float32 and zero point uint8, minimum float32 or float16, or None if
+    symmetric; shaped as in `QuantSpec.scale_shape`.
 
     Args:
         weight (`torch.Tensor`): the float weight.
@@ -190,8 +91,9 @@ def find_ranges(weight: Tensor, spec: QuantSpec, ranges: str = "mse", energies: 
         energies (`torch.Tensor`, *optional*): (I,) float32, the mean square of each input channel; exactly with "energy".
 
     Raises:
-        ValueError: an unknown method; "ternary" with a spec that is not ternary; NaN or infinite weights; energies that are
-            missing, not asked for, negative, not finite or of another length.
+        ValueError: an unknown method; "ternary" with a spec that is not ternary; NaN or infinite weights; a scale that
+            float16 is to hold and cannot; energies that are missing, not asked for, negative, not finite or of another
+            length.
     """
     if ranges not in RANGES:
         raise ValueError(f"ranges={ranges!r} is unknown; use one of {sorted(RANGES)}")
@@ -206,8 +108,11 @@ def find_ranges(weight: Tensor, spec: QuantSpec, ranges: str = "mse", energies: 
     parts = [_flat_range(part, spec, RANGES[ranges], w) for part, w in zip(parts, counted, strict=True)]
     shape = spec.scale_shape(*weight.shape)
     scale = torch.cat([p[0] for p in parts], dim=-1).reshape(shape)
-    zero_point = None if spec.symmetric else torch.cat([p[1] for p in parts], dim=-1).reshape(shape).to(torch.uint8)
-    return scale, zero_point
+    scale = to_stored(scale, spec).float()
+    if spec.symmetric:
+        return scale, None
+    shift = torch.cat([p[1] for p in parts], dim=-1).reshape(shape)
+    return scale, to_stored(shift, spec) if spec.minimum else shift.to(torch.uint8)
 
 
 def _error_weights(energies: Tensor | None, columns: int, ranges: str) -> Tensor:
@@ -245,7 +150,7 @@ def _equal_slices(weight: Tensor, spec: QuantSpec) -> Iterator[Tensor]:
 def _flat_range(slices: Tensor, spec: QuantSpec, method: Callable[..., Range], weights: Tensor | None) -> Range:
     """Apply a method block of rows by block of rows: (O, G, n), and what errors count in the same shape -> (O, G)."""
     rows, groups, length = slices.shape
-    step = max(1, _CHUNK // (groups * length))
+    step = max(1, CHUNK // (groups * length))
     found = []
     for start in range(0, rows, step):
         block = slices[start : start + step].float().reshape(-1, length)
@@ -264,7 +169,7 @@ def find_input_range(values: Tensor, low: float, high: float, spec: QuantSpec, r
     `low` and `high` of everything seen; every other method searches the range of least squared error on the sample.
     """
     if ranges == "minmax":
-        found = _from_bounds(values.new_tensor([low]), values.new_tensor([high]), spec)
+        found = from_bounds(values.new_tensor([low]), values.new_tensor([high]), spec)
     else:
         found = mse(torch.cat([values, values.new_tensor([low, high])]).view(1, -1), spec)
     scale, zero_point = found

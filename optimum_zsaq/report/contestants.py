@@ -58,13 +58,13 @@ def _ours(weight_bits: int, *, dtype: str = "float32", runtime: str = "fast", **
         settings["calibration_samples"] = _CALIBRATION_SAMPLES
 
     def prepare(source: Path, folder: Path, job: peers.Job) -> None:
-        from ..integrations.configs import PreQuantConfig
+        from ..integrations.prequant import PreQuantConfig
 
         config = PreQuantConfig(**settings, seed=job.seed)
         peers.from_folder(source, dtype, quantization_config=config).save_pretrained(folder)
 
     def load(folder: Path, job: peers.Job) -> Callable:
-        from ..integrations.configs import PreQuantConfig
+        from ..integrations.prequant import PreQuantConfig
 
         return peers.from_folder(folder, dtype, quantization_config=PreQuantConfig(**settings, runtime=runtime))
 

@@ -259,8 +259,8 @@ def _master(name: str, layer: LowBitLayer) -> Tensor:
     """The values that the codes stand for, without outliers, in the marker's dtype. Shapes: -> (O, I)."""
     packed, spec = layer.packed(), layer.spec.weight
     codes = unpack_codes(packed.codes, spec.bits, packed.columns)
-    values = dequantize(codes, packed.scale, packed.zero_point, spec).to(layer.weight.dtype)
-    if not torch.equal(quantize(values, packed.scale, packed.zero_point, spec), codes):
+    values = dequantize(codes, packed.scale, packed.shift, spec).to(layer.weight.dtype)
+    if not torch.equal(quantize(values, packed.scale, packed.shift, spec), codes):
         raise ValueError(f"{name}: the values of its codes do not fit {values.dtype}; call model.float() first")
     return values
 

@@ -69,7 +69,8 @@ def slow(layer: LowBitLayer, own: Tensor, change: Tensor, settings: Compensation
     spec, weight = layer.spec.weight, layer.master().detach().double().clone()
     own, change = own.double(), change.double()
     scale = slices(layer, layer.weight_scale)
-    zero = torch.zeros_like(scale) if spec.symmetric else slices(layer, layer.weight_zero_point)
+    shift = torch.zeros_like(scale) if spec.symmetric else slices(layer, layer.weight_shift)
+    low, zero = (shift, torch.zeros_like(scale)) if spec.minimum else (torch.zeros_like(scale), shift)
     lowest, highest = (-(2 ** (spec.bits - 1)), 2 ** (spec.bits - 1) - 1) if spec.symmetric else (0, 2**spec.bits - 1)
     residual = torch.zeros_like(weight)
     if layer.weight_outlier_positions is not None:
@@ -80,31 +81,33 @@ def slow(layer: LowBitLayer, own: Tensor, change: Tensor, settings: Compensation
     weight += settings.alpha * weight @ change @ inverse
     levels = torch.empty_like(weight)
     for j in own.diagonal().argsort(descending=True).tolist():
-        codes = (torch.round(weight[:, j] / scale[:, j]) + zero[:, j]).clamp(lowest, highest)
+        codes = (torch.round((weight[:, j] - low[:, j]) / scale[:, j]) + zero[:, j]).clamp(lowest, highest)
         levels[:, j] = codes - zero[:, j]
-        error = weight[:, j] - levels[:, j] * scale[:, j] - residual[:, j]
+        error = weight[:, j] - levels[:, j] * scale[:, j] - low[:, j] - residual[:, j]
         weight -= torch.outer(error / inverse[j, j], inverse[j])
         inverse -= torch.outer(inverse[:, j], inverse[j]) / inverse[j, j]
         inverse[j, j] = 1.0  # its row and column are zero now
-    return levels, levels * scale + residual
+    return levels, levels * scale + low + residual
 
 
 def levels_of(layer: LowBitLayer) -> Tensor:
     spec = layer.spec.weight
-    codes = quantize(layer.master(), layer.weight_scale, layer.weight_zero_point, spec).double()
-    return codes - (spec.offset if spec.symmetric else slices(layer, layer.weight_zero_point))
+    codes = quantize(layer.master(), layer.weight_scale, layer.weight_shift, spec).double()
+    return codes - (spec.offset if spec.symmetric else 0 if spec.minimum else slices(layer, layer.weight_shift))
 
 
 LAYOUTS = {"tensor": ("tensor", None), "row": ("row", None), "group": ("group", 8)}
+FORMS = {"symmetric": {}, "asymmetric": {"symmetric": False}}
+FORMS["minimum"] = {"symmetric": False, "minimum": True, "scale_bits": 16}
 
 
 class TestOneLayer:
     @pytest.mark.parametrize("outliers", [0.0, 0.03], ids=["", "outliers"])
-    @pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
+    @pytest.mark.parametrize("form", FORMS)
     @pytest.mark.parametrize("layout", LAYOUTS)
     @pytest.mark.parametrize("bits", [2, 4])
-    def test_codes_are_those_of_the_slow_algorithm(self, bits, layout, symmetric, outliers):
-        spec = LayerSpec(QuantSpec(bits, *LAYOUTS[layout], symmetric), outliers=outliers)
+    def test_codes_are_those_of_the_slow_algorithm(self, bits, layout, form, outliers):
+        spec = LayerSpec(QuantSpec(bits, *LAYOUTS[layout], **FORMS[form]), outliers=outliers)
         wanted = correlated()
         given = moments(wanted + 0.1 * torch.randn_like(wanted), wanted)
         for block in (128, 5, 1):
@@ -115,6 +118,18 @@ class TestOneLayer:
             compensate_layer(layer, *given, settings)
             assert torch.equal(levels_of(layer), levels)
             assert torch.allclose(layer.quantized_weight().double(), values, rtol=1e-6, atol=1e-6)
+
+    def test_ranges_for_what_the_layer_reads(self):
+        """Found on the corrected weight, with the energies of these inputs; then as if they had been there before."""
+        weight, x = torch.randn(ROWS, COLUMNS), correlated() * torch.where(torch.arange(COLUMNS) % 5 == 0, 20.0, 1.0)
+        given, spec = moments(x, x), LayerSpec(QuantSpec(2, "group", 8, **FORMS["minimum"]))
+        found, expected = low_bit(weight, spec), low_bit(weight, spec)
+        compensate_layer(found, *given, CompensationSettings(ranges="energy"))
+        expected.find_ranges("energy", given[0].diagonal())
+        assert not torch.equal(expected.weight_scale, low_bit(weight, spec).weight_scale)
+        compensate_layer(expected, *given, CompensationSettings())
+        assert torch.equal(found.weight_scale, expected.weight_scale)
+        assert torch.equal(found.quantized_weight(), expected.quantized_weight())
 
     def test_a_layer_that_stores_its_weight_transposed(self):
         weight, x = torch.randn(ROWS, COLUMNS), correlated()
@@ -485,6 +500,7 @@ class TestErrors:
             ("block", 0, "block=0 is no count of columns; use at least 1"),
             ("block", -128, "block=-128 is no count of columns"),
             ("block", 1.5, "block=1.5 is no count of columns"),
+            ("ranges", "mse", "ranges=.mse. is not allowed; use .energy., or None"),
         ],
     )
     def test_settings(self, setting, value, text):

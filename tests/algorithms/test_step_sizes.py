@@ -17,7 +17,7 @@ def student(name: str = "bert-cls", **settings):
 )
 def test_gradient_scales_are_lsqs(granularity, size, shared):
     """1 / sqrt(N Qp): N is how many weights share a step size."""
-    model = student(granularity=granularity, group_size=size)
+    model = student(granularity=granularity, group_size=size, symmetric=True)
     found = {s.name: s.gradient_scale for s in StepSizes(model).all}
     name = "bert.encoder.layer.1.intermediate.dense.weight_scale"
     assert found[name] == pytest.approx((shared * 3) ** -0.5)

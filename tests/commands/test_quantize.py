@@ -124,9 +124,9 @@ def test_a_model_without_tokenizer(monkeypatch, capsys, tmp_path):
     ("arguments", "message"),
     [
         (["--weight-bits", "9"], "weight_bits=9 is not a width"),
-        (["--granularity", "group"], "needs a group size"),
+        (["--granularity", "group", "--group-size", "1"], "needs a group size"),
         (["--granularity", "column"], "granularity='column' is not allowed"),
-        (["--group-size", "8"], "has no meaning with granularity='row'"),
+        (["--granularity", "row", "--group-size", "8"], "has no meaning with granularity='row'"),
         (["--modules-to-not-convert", "poller"], "the nearest names are"),
         (["--task", "text-painting"], "task='text-painting' is unknown"),
         (["--dtype", "int8"], "--dtype int8 is unknown"),

@@ -19,7 +19,7 @@ def study(monkeypatch):
 
 def test_every_cell_is_there_once(study):
     cells = [cell.id for cell in study.cells()]
-    assert len(cells) == len(set(cells)) == 2 + 2 * 5 * 3
+    assert len(cells) == len(set(cells)) == 2 + 2 * 10 * 3
 
 
 def test_a_cell_measures_the_model_that_it_names(study, tmp_path, monkeypatch):
@@ -31,17 +31,17 @@ def test_a_cell_measures_the_model_that_it_names(study, tmp_path, monkeypatch):
     monkeypatch.setattr(study, "MODELS", {"smollm2": ("models/smollm2", 32)})
     monkeypatch.setattr(study, "TOKENS", 128)
     float_row = study.run_cell(study.Cell("float", "float32", "smollm2"), tmp_path)
-    found = study.run_cell(study.Cell("rounding-energy", "w3-g64", "smollm2"), tmp_path)
+    found = study.run_cell(study.Cell("rounding-energy", "w3", "smollm2"), tmp_path)
     assert found["kl"] > 0.0
     assert found["perplexity"] != float_row["perplexity"]
-    assert 3.0 < found["bits"] < 5.0  # rows of 32 and 37: a scale of 32 bits for as many
+    assert 3.0 < found["bits"] < 5.0  # rows of 32 and 37: 32 bits of scale and minimum for as many
 
 
 def test_tables(study):
     row = {"perplexity": 22.0, "kl": 0.1, "agreement": 0.8, "bits": 4.5, "cpu_seconds": 60.0}
-    rows = {"smollm2/float/float32/0": {"perplexity": 20.0}, "smollm2/rounding-energy/w4-g64/0": row}
+    rows = {"smollm2/float/float32/0": {"perplexity": 20.0}, "smollm2/rounding-energy/w4/0": row}
     lines = study._table(rows, "smollm2").splitlines()
-    assert lines[-1] == "| w4-g64 | energy | 4.50 | 22.00 | 1.100 | 0.1000 | 80.0 | 60 |"
+    assert lines[-1] == "| w4 | energy | 4.50 | 22.00 | 1.100 | 0.1000 | 80.0 | 60 |"
     assert len(lines) == 4
 
 

@@ -1,15 +1,16 @@
 """Configs: a closed world with helpful errors, and one JSON that every algorithm's config reads back."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
-from tiny_models import make, quantized
+from tiny_models import logits, make, quantized
 from transformers.quantizers.auto import AutoQuantizationConfig
 
 from optimum_zsaq import LowBitConfig, PreQuantConfig, QuantScheme, QuantSpec, prepare
 from optimum_zsaq.integrations.configs import ALGORITHMS, FORMAT_VERSION, body_name
-from optimum_zsaq.surgery import select
+from optimum_zsaq.surgery import low_bit_layers, select
 
 
 CLASSES = [LowBitConfig, PreQuantConfig]
@@ -29,19 +30,22 @@ RAISES = {
     "activation bits": ({"activation_bits": 0}, "activation_bits=0 is not a width.*, or None to leave them float"),
     "granularity": (
         {"granularity": "column"},
-        r"granularity='column' is not allowed; use one of \('row', 'tensor'",
+        r"granularity='column' is not allowed; use one of \('auto', 'row', 'tensor'",
     ),
     "ranges": (
         {"ranges": "max"},
-        r"ranges='max' is not allowed; use one of \('mse', 'minmax', 'signed', 'lsq', 'ternary'",
+        r"ranges='max' is not allowed; use one of \('auto', 'mse', 'minmax', 'signed', 'lsq', 'ternary'",
     ),
     "activations": ({"activations": "off"}, r"activations='off' is not allowed; use one of \('dynamic', 'static'\)"),
     "runtime": ({"runtime": "slow"}, r"runtime='slow' is unknown; use one of \('fast', 'small'\)"),
     "kernel": ({"kernel": "int5"}, r"kernel='int5' is unknown; use one of \[.*'int4', 'int8', 'reference'\], or None"),
-    "symmetric": ({"symmetric": "no"}, r"symmetric='no' is not allowed; use one of \(True, False\)"),
-    "group without size": ({"granularity": "group"}, "needs a group size and got group_size=None.*group_size=32"),
+    "symmetric": ({"symmetric": "no"}, r"symmetric='no' is not allowed; use one of \(True, False, None\)"),
+    "minimum of symmetric": (
+        {"minimum": True, "symmetric": True},
+        "minimum=True is for asymmetric weights",
+    ),
     "group of one": ({"granularity": "group", "group_size": 1}, "needs a group size and got group_size=1"),
-    "size without group": ({"group_size": 32}, "group_size=32 has no meaning with granularity='row'"),
+    "size without group": ({"group_size": 32, "granularity": "row"}, "group_size=32 has no meaning with granularity='row'"),
     "ternary of four bits": ({"ranges": "ternary"}, "ranges='ternary' has three levels and got weight_bits=4"),
     "ternary with zero point": (
         {"ranges": "ternary", "weight_bits": 2, "symmetric": False},
@@ -68,7 +72,10 @@ RAISES = {
     "skip text": ({"modules_to_not_convert": "pooler"}, "modules_to_not_convert='pooler'.*list"),
     "skip numbers": ({"modules_to_not_convert": [1]}, r"modules_to_not_convert=\[1\].*list of strings"),
     "skip number": ({"modules_to_not_convert": 3}, "modules_to_not_convert=3.*list"),
-    "newer format": ({"format_version": FORMAT_VERSION + 1}, "format_version=2.*pip install --upgrade optimum-zsaq"),
+    "newer format": (
+        {"format_version": FORMAT_VERSION + 1},
+        f"format_version={FORMAT_VERSION + 1}.*install --upgrade",
+    ),
     "format zero": ({"format_version": 0}, "format_version=0"),
     "format text": ({"format_version": "1"}, "format_version='1'"),
     "another method": ({"quant_method": "gptq"}, "quant_method='gptq'"),
@@ -201,7 +208,70 @@ def test_get_is_that_of_a_dict():
 def test_defaults_are_those_of_the_design():
     config = PreQuantConfig()
     assert (config.weight_bits, config.embedding_bits, config.activation_bits) == (4, 8, 8)
-    assert (config.granularity, config.symmetric, config.ranges, config.activations) == ("row", True, "mse", "dynamic")
+    assert (config.granularity, config.symmetric, config.ranges, config.activations) == ("auto", None, "auto", "dynamic")
+
+
+GROUPS_OF_64 = QuantSpec(4, "group", 64, symmetric=False, minimum=True, scale_bits=16)
+
+
+@pytest.mark.parametrize(
+    ("fields", "encoder", "decoder"),
+    [
+        ({}, QuantSpec(4), GROUPS_OF_64),
+        ({"weight_bits": 6}, QuantSpec(6), replace(GROUPS_OF_64, bits=6)),
+        ({"weight_bits": 8}, QuantSpec(8), QuantSpec(8)),
+        ({"granularity": "row"}, QuantSpec(4), QuantSpec(4)),
+        ({"symmetric": True}, QuantSpec(4), replace(GROUPS_OF_64, symmetric=True, minimum=False)),
+        ({"symmetric": False}, QuantSpec(4, symmetric=False), GROUPS_OF_64),
+        ({"minimum": True}, QuantSpec(4, symmetric=False, minimum=True), GROUPS_OF_64),
+        ({"minimum": False}, QuantSpec(4), replace(GROUPS_OF_64, minimum=False)),
+        ({"ranges": "ternary", "weight_bits": 2}, QuantSpec(2, ternary=True), QuantSpec(2, ternary=True)),
+        *(({"group_size": 32, **f}, *[replace(GROUPS_OF_64, group_size=32)] * 2) for f in ({}, {"granularity": "group"})),
+        ({"granularity": "group"}, GROUPS_OF_64, GROUPS_OF_64),
+    ],
+    ids=str,
+)
+def test_what_is_left_to_us_depends_on_the_kind_of_model(fields, encoder, decoder):
+    config = PreQuantConfig(**fields)
+    assert config.scheme().weights == config.scheme(make("bert-cls")).weights == config.scheme(make("t5-tied")).weights
+    assert (config.scheme().weights, config.scheme(make("llama-tied")).weights) == (encoder, decoder)
+    grouped = "group" if "group" in (fields.get("granularity"), *fields) or "group_size" in fields else "row"
+    assert config.scheme(make("llama-tied")).embeddings.granularity == grouped
+
+
+def test_what_energies_are_for():
+    config, own = PreQuantConfig(), PreQuantConfig(ranges="minmax")
+    for name, found in (("bert-cls", "auto"), ("t5-tied", "auto"), ("llama-tied", "energy"), ("gpt2-untied", "energy")):
+        model = make(name)
+        assert (config.ranges_for(model), own.ranges_for(model)) == (found, "minmax")
+        assert config.runs_float_model(model) == (found == "energy")
+        assert not LowBitConfig().runs_float_model(model)
+
+
+def test_minima_come_back(tmp_path):
+    """Scales and minima as they were, in half the bytes."""
+    model = quantized("llama-tied", tmp_path, group_size=8)
+    model.save_pretrained(tmp_path / "saved")
+    again = type(model).from_pretrained(tmp_path / "saved")
+    for (name, layer), (_, other) in zip(low_bit_layers(model), low_bit_layers(again), strict=True):
+        if layer.owner is layer:
+            assert layer.weight_scale.dtype == layer.weight_minimum.dtype == torch.float16, name
+            assert torch.equal(layer.weight_scale, other.weight_scale)
+            assert torch.equal(layer.weight_minimum, other.weight_minimum)
+    assert torch.equal(logits(model), logits(again))
+    assert again.config.quantization_config.format_version == 2
+
+
+def test_a_table_of_format_1_is_read(tmp_path):
+    """It knew neither minima nor float16 scales."""
+    model = quantized("bert-cls", tmp_path, granularity="group", group_size=8, symmetric=False, minimum=False)
+    table = model.config.quantization_config.to_dict()
+    for row in ("linear", "embedding"):
+        table["modules"][row]["weight"]["scale_bits"] = 32
+        old = {k: v for k, v in table["modules"][row]["weight"].items() if k not in ("minimum", "scale_bits")}
+        table["modules"][row]["weight"] = old
+    config = PreQuantConfig.from_dict({**table, "format_version": 1})
+    assert config.default_rows()["linear"].weight == QuantSpec(4, "group", 8, symmetric=False)
 
 
 def test_calibration_data_is_never_stored(tmp_path):
@@ -234,7 +304,7 @@ def test_the_table_of_a_model(tmp_path):
 def test_table_read_back_is_what_was_selected(tmp_path, name):
     model = quantized(name, tmp_path)
     plain = make(name)
-    assert model.config.quantization_config.table(plain) == select(plain, PreQuantConfig().scheme())
+    assert model.config.quantization_config.table(plain) == select(plain, PreQuantConfig().scheme(plain))
 
 
 def test_body_names():

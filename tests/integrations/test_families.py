@@ -22,6 +22,8 @@ from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
 from optimum_zsaq import PreQuantConfig, pack, prepare
+from optimum_zsaq.integrations.forms import sampled_batches
+from optimum_zsaq.integrations.rounding import SEQUENCES, prepare_for
 from optimum_zsaq.layers.common import INTEGERS, SCALES
 from optimum_zsaq.surgery import low_bit_layers
 
@@ -255,7 +257,9 @@ def test_scales_stay_float32_and_frozen(found, case):
     for name, (dtype, trainable) in parameters.items():
         leaf = name.rpartition(".")[2]
         if leaf in SCALES:
-            assert (dtype, trainable) == (torch.float32, False)
+            halves = (torch.float16,) if leaf in ("weight_scale", "weight_minimum") else ()
+            assert dtype in (torch.float32, *halves)
+            assert not trainable
         elif leaf in INTEGERS:
             assert dtype in (torch.uint8, torch.int32)
             assert not trainable
@@ -274,7 +278,9 @@ def test_codes_are_parameters_and_no_buffers(found, case):
 def test_prepare_and_pack_give_the_tensors_of_quantize_on_load(found, tmp_path, case):
     if case.scheme == "static":
         pytest.skip("calibrated on load; see tests/algorithms/test_calibration.py")
-    model = prepare(_float_model(case, tmp_path), case.config().scheme(), case.config().ranges)
+    model, config = _float_model(case, tmp_path), case.config()
+    written = sampled_batches(model, SEQUENCES, config.seed)
+    prepare_for(model, config.scheme(model), config.ranges_for(model), written)
     fake = logits(model)
     pack(model)
     assert torch.equal(logits(model), found.made[case.id]["outputs"])

@@ -54,7 +54,7 @@ def test_to_a_dtype_leaves_scales_and_codes(checkpoint, tmp_path, state, dtype):
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     model.to(dtype)
     for name, tensor in model.state_dict().items():
-        if name.endswith(("_scale", "_codes")):
+        if name.endswith(("_scale", "_minimum", "_codes")):
             assert tensor.dtype == before[name].dtype
             assert torch.equal(tensor, before[name])
         else:

@@ -182,7 +182,7 @@ def test_checkpoint_with_two_different_tensors_for_a_tie(tmp_path, factor):
     model.save_pretrained(tmp_path)
     _edit(tmp_path, tie_word_embeddings=True)
     with pytest.raises(ValueError, match="another weight for a layer that is tied to model.embed_tokens.*untied|=False"):
-        type(model).from_pretrained(tmp_path, quantization_config=PreQuantConfig(**W8))
+        type(model).from_pretrained(tmp_path, quantization_config=PreQuantConfig(**W8, ranges="mse"))
 
 
 def test_untied_checkpoint_keeps_its_own_head(tmp_path):
@@ -283,9 +283,11 @@ def test_dtype_through_a_subclass(tmp_path):
 
 def test_bfloat16_checkpoint_stays_bfloat16(tmp_path):
     make("llama-tied").to(torch.bfloat16).save_pretrained(tmp_path)
-    model = tf.LlamaForCausalLM.from_pretrained(tmp_path, quantization_config=PreQuantConfig())
-    assert model.dtype == torch.bfloat16
-    assert all(layer.owner.weight_scale.dtype == torch.float32 for _, layer in low_bit_layers(model))
+    for granularity, dtype in (("row", torch.float32), ("group", torch.float16)):
+        config = PreQuantConfig(granularity=granularity)
+        model = tf.LlamaForCausalLM.from_pretrained(tmp_path, quantization_config=config)
+        assert model.dtype == torch.bfloat16
+        assert all(layer.owner.weight_scale.dtype == dtype for _, layer in low_bit_layers(model.bfloat16()))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -315,7 +317,7 @@ def test_config_from_a_dict_and_from_json(tmp_path):
         assert torch.equal(logits(model), logits(expected))
     common = cls.from_pretrained(folder, quantization_config={"quant_method": "zsaq", "weight_bits": 3})
     assert type(common.config.quantization_config) is LowBitConfig
-    assert common.config.quantization_config.granularity == "row"
+    assert common.config.quantization_config.granularity == "auto"
 
 
 def test_a_users_config_can_be_used_twice(tmp_path):
@@ -340,7 +342,8 @@ def test_a_users_config_can_be_used_twice(tmp_path):
 @pytest.mark.parametrize("name", ["bert-cls", "llama-tied"])
 def test_device_map(tmp_path, name, device_map):
     expected = quantized(name, tmp_path, ranges="mse")
-    model = type(expected).from_pretrained(tmp_path / "float", quantization_config=PreQuantConfig(), device_map=device_map)
+    config = PreQuantConfig(ranges="mse")
+    model = type(expected).from_pretrained(tmp_path / "float", quantization_config=config, device_map=device_map)
     assert torch.equal(logits(model), logits(expected))
 
 
@@ -383,7 +386,7 @@ def test_quantizing_onto_disk_is_refused(tmp_path):
 
 def test_fake_quantized_on_load(tmp_path):
     model = quantized("llama-tied", tmp_path, packed=False, ranges="mse")
-    expected = prepare(make("llama-tied"), PreQuantConfig().scheme())
+    expected = prepare(make("llama-tied"), PreQuantConfig().scheme(make("llama-tied")))
     assert model.hf_quantizer.is_qat_trainable
     assert torch.equal(logits(model), logits(expected))
     assert torch.equal(logits(exactly(pack(model))), logits(expected))

@@ -10,8 +10,9 @@ from transformers import AutoConfig
 from optimum_zsaq import MREMConfig, PreQuantConfig, SQuATConfig, ZSAQConfig, pack, prepare
 from optimum_zsaq.algorithms.energy import input_energies
 from optimum_zsaq.integrations.forms import sampled_batches
-from optimum_zsaq.integrations.rounding import _SEQUENCES
+from optimum_zsaq.integrations.rounding import SEQUENCES
 from optimum_zsaq.kinds import kind_of
+from optimum_zsaq.layers.fake import _FakeQuant
 from optimum_zsaq.surgery import low_bit_layers, select
 
 
@@ -37,7 +38,7 @@ def test_is_what_its_parts_make_of_the_float_model(name, tmp_path):
     reference = type(float_model).from_pretrained(tmp_path).eval()
     scheme = PreQuantConfig(**SCHEME).scheme()
     names = [n for n in select(reference, scheme) if not kind_of(reference.get_submodule(n)).table]
-    energies = input_energies(reference, names, sampled_batches(reference, _SEQUENCES, 3))
+    energies = input_energies(reference, names, sampled_batches(reference, SEQUENCES, 3))
     assert set(energies) == set(names)
     pack(prepare(reference, scheme, "energy", energies))
     assert torch.equal(logits(exactly(found)), logits(exactly(reference)))
@@ -52,7 +53,7 @@ def test_saves_reloads_and_says_how_it_was_made(tmp_path):
     assert torch.equal(logits(found), logits(again))
     recipe = AutoConfig.from_pretrained(tmp_path / "out").quantization_config["recipe"]
     assert (recipe["ranges"], recipe["calibration"]["kind"]) == ("energy", "sampled token sequences")
-    assert recipe["calibration"]["count"] == _SEQUENCES
+    assert recipe["calibration"]["count"] == SEQUENCES
 
 
 def test_is_nearer_to_the_float_model_where_inputs_have_strong_channels(tmp_path):
@@ -99,7 +100,7 @@ def test_the_texts_of_static_ranges_stay_in_the_recipe(tmp_path):
     make_tokenizer().save_pretrained(tmp_path)
     found = load(tmp_path, type(float_model), activations="static", calibration_data=["the cat sat", "a dog ran"])
     data = found.config.quantization_config.recipe["calibration"]
-    assert (data["count"], data["energy_sequences"]) == (2, _SEQUENCES)
+    assert (data["count"], data["energy_sequences"]) == (2, SEQUENCES)
     assert data["kind"] != "sampled token sequences"
 
 
@@ -109,7 +110,41 @@ def test_prepare_takes_energies_with_that_method_alone(ranges, energies):
         prepare(make("bert-cls"), PreQuantConfig(**SCHEME).scheme(), ranges, energies)
 
 
-@pytest.mark.parametrize("config", [ZSAQConfig, MREMConfig, SQuATConfig])
-def test_methods_that_train_refuse_it(config):
+def test_squat_refuses_it():
     with pytest.raises(ValueError, match="ranges='energy' is not allowed; use one of"):
-        config(ranges="energy")
+        SQuATConfig(ranges="energy")
+
+
+def test_padding_does_not_count():
+    model = make("bert-cls").eval()
+    ids = torch.randint(5, 90, (3, 8), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[:, 5:] = 0
+    name = "bert.encoder.layer.0.attention.self.query"
+    found = input_energies(model, [name], [{"input_ids": ids, "attention_mask": mask}])
+    seen = []
+    model.get_submodule(name).register_forward_pre_hook(lambda _, args: seen.append(args[0][mask.bool()]))
+    with torch.no_grad():
+        model(input_ids=ids, attention_mask=mask)
+    assert torch.allclose(found[name], seen[0].square().mean(dim=0))
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "start"), [(ZSAQConfig, "rounding"), (MREMConfig, "rounding"), (MREMConfig, "compensated")]
+)
+def test_methods_that_train_begin_with_it(tmp_path, monkeypatch, algorithm, start):
+    """Of decoders; "compensated" finds ranges anew from what each layer is given."""
+    make("llama-tied").save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    data = {"calibration_data": [f"w{i} w{i + 1} w{i + 2}" for i in range(5, 40)]} if algorithm is MREMConfig else {}
+    found = []
+    monkeypatch.setattr(_FakeQuant, "find_ranges", lambda self, ranges, energies=None: found.append((ranges, energies)))
+    small = {"sequence_length": 8, "batch_size": 4} | (
+        {"written_sequences": 8} if algorithm is ZSAQConfig else {"stages": 1}
+    )
+    config = algorithm(steps=1, start=start, **small, **data)
+    tf.LlamaForCausalLM.from_pretrained(tmp_path, quantization_config=config)
+    energies = [e for ranges, e in found if ranges == "energy"]
+    assert all(e is not None for e in energies)
+    layers = 14  # of two blocks
+    assert len(energies) == layers * (2 if start == "compensated" else 1)

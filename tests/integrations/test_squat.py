@@ -18,7 +18,8 @@ def load(tmp_path, name: str = "bert-cls", **settings):
 @pytest.mark.parametrize("name", ["bert-cls", "gpt2-tied", "t5-tied"])
 def test_loads_what_prepare_makes(tmp_path, name):
     model = load(tmp_path, name, weight_bits=2, embedding_bits=2)
-    expected = prepare(make(name), SQuATConfig(weight_bits=2, embedding_bits=2).scheme(), "auto")
+    plain = make(name)
+    expected = prepare(plain, SQuATConfig(weight_bits=2, embedding_bits=2).scheme(plain), "auto")
     assert torch.equal(logits(model), logits(expected))
     assert model.config.quantization_config.packed is False
 

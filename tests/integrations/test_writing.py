@@ -9,7 +9,8 @@ from torch import Tensor
 
 from optimum_zsaq.algorithms.forms import SequenceForm
 from optimum_zsaq.algorithms.generators import WrittenSource
-from optimum_zsaq.integrations.data import tokenizer_or_none
+from optimum_zsaq.integrations.data import find_tokenizer, tokenizer_or_none
+from optimum_zsaq.integrations.forms import input_mixture
 from optimum_zsaq.integrations.writing import (
     answer_inputs,
     describe_generator,
@@ -99,7 +100,7 @@ class TestContinuations:
 
     def test_parts_are_not_alike(self, monkeypatch):
         """Each has a seed of its own: from the same first tokens they go on otherwise."""
-        monkeypatch.setattr("optimum_zsaq.integrations.writing._first_tokens", lambda *_: torch.full((128, 1), 7))
+        monkeypatch.setattr("optimum_zsaq.integrations.writing.openings", lambda *_: torch.full((128, 1), 7))
         written = write_continuations(make("llama-tied"), PLAIN, 128, 0, Watch()).written
         assert not torch.equal(written[:64], written[64:])
 
@@ -109,9 +110,15 @@ class TestContinuations:
         assert not has_special(written, {2})
         assert len(written[:, 0].unique()) > 50
 
-    def test_special_tokens_of_a_tokenizer(self, tmp_path):
-        model = saved(tmp_path, "llama-tied", make_tokenizer(special=True))
-        assert not has_special(write_continuations(model, PLAIN, 200, 0, Watch()).written[:, 0])
+    def test_what_a_tokenizer_puts_first_is_read_and_not_written(self, tmp_path, monkeypatch):
+        model, read = saved(tmp_path, "llama-tied", make_tokenizer(special=True)), []
+        generate = model.generate
+        monkeypatch.setattr(model, "generate", lambda ids, **rest: read.append(ids) or generate(ids, **rest))
+        form = input_mixture(model, find_tokenizer(model), 12).forms[0]
+        written = write_continuations(model, form, 3, 0, Watch()).written
+        assert tuple(read[0].shape) == (3, len(form.first))
+        assert read[0][0].tolist() == list(form.first)
+        assert written.shape == (3, 12 - form.special)
 
     def test_its_own_distribution(self):
         """What is sampled follows the model's probabilities."""

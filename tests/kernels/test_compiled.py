@@ -38,8 +38,9 @@ def packed_layer(spec: LayerSpec, runtime: str = "fast", kernel: str | None = No
     """A packed layer of random codes."""
     layer = PackedLinear(columns, rows, True, spec)
     tensors = packed_weight(rows, columns, spec, seed=seed)
-    for name in ("codes", "scale", "zero_point", "outlier_positions", "outlier_values"):
+    for name in ("codes", "scale", "outlier_positions", "outlier_values"):
         layer._set_tensor(f"weight_{name}", getattr(tensors, name))
+    layer._set_tensor("weight_minimum" if spec.weight.minimum else "weight_zero_point", tensors.shift)
     for name in ("input_scale", "input_zero_point"):
         layer._set_tensor(name, getattr(tensors, name))
     layer.bias = nn.Parameter(torch.randn(rows, generator=torch.Generator().manual_seed(seed)))
@@ -276,7 +277,7 @@ class TestOperators:
     @pytest.mark.parametrize("row", ["w8a8-dynamic", "w8a8-static", "w4a4-dynamic"])
     def test_parts_of_int8(self, row):
         packed = packed_layer(*LAYERS[row]).packed()
-        zero = None if packed.zero_point is None else packed.zero_point.detach()
+        zero = None if packed.shift is None else packed.shift.detach()
         weight = (packed.codes.detach(), packed.scale.detach(), zero, compiled._spec_text(packed.spec), 64)
         for rows in (0, 1, 5, 40):
             codes = torch.randint(256, (rows, 64)).to(torch.uint8)

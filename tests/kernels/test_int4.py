@@ -13,6 +13,7 @@ LAYOUTS = (("tensor", None), ("row", None), ("group", 32), ("group", 64), ("grou
 SPECS = [QuantSpec(bits, name, size) for bits in (2, 3, 4) for name, size in LAYOUTS]
 SPECS += [QuantSpec(bits, name, size, symmetric=False) for bits in (2, 3) for name, size in LAYOUTS]
 SPECS += [QuantSpec(2, name, size, ternary=True) for name, size in LAYOUTS]
+SPECS += [QuantSpec(bits, name, size, False, minimum=True, scale_bits=16) for bits in (2, 4) for name, size in LAYOUTS]
 SHAPES = ((1, 17), (3, 32), (33, 129), (64, 256), (32, 300), (20, 1000))  # (rows, columns)
 
 int4_kernel = KERNELS["int4"]

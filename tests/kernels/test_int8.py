@@ -16,6 +16,8 @@ from optimum_zsaq.spec import LayerSpec, QuantSpec
 LAYOUTS = (("tensor", None), ("row", None), ("group", 32), ("group", 64), ("group", 128))
 SPECS = [QuantSpec(bits, name, size, s) for bits in range(2, 9) for name, size in LAYOUTS for s in (True, False)]
 SPECS += [QuantSpec(2, name, size, ternary=True) for name, size in LAYOUTS]
+HALF = {"symmetric": False, "minimum": True, "scale_bits": 16}
+SPECS += [QuantSpec(bits, "group", 32, **HALF) for bits in range(2, 9)] + [QuantSpec(4, "row", None, **HALF)]
 FEW = [QuantSpec(8), QuantSpec(8, symmetric=False), QuantSpec(3, "group", 32, symmetric=False), QuantSpec(2, "tensor")]
 SHAPES = ((1, 17), (3, 129), (33, 64), (2, 300), (20, 17), (64, 160))  # (rows, columns)
 BATCHES = (1, 40, 2, 17, 16, 0)
@@ -161,7 +163,7 @@ def test_integers_equal_64_bit_arithmetic(spec):
     """With every scale 1, results are integers below 2^24: nothing may be off by anything."""
     packed = packed_weight(33, 129, LayerSpec(spec, STATIC), unit=True)
     codes = unpack_codes(packed.codes, spec.bits, 129).long()
-    zero = torch.tensor([[spec.offset]]) if spec.symmetric else packed.zero_point.long()
+    zero = torch.tensor([[spec.offset]]) if spec.symmetric else packed.shift.long() * (-1 if spec.minimum else 1)
     zero = zero.repeat_interleave(spec.group_size, dim=1)[:, :129] if spec.group_size and not spec.symmetric else zero
     for batch in (20, 1, 2, 20):
         x = torch.randint(-90, 175, (batch, 129)).float()  # the range is [-85, 170]
@@ -171,7 +173,16 @@ def test_integers_equal_64_bit_arithmetic(spec):
 
 
 @pytest.mark.parametrize("runtime", RUNTIMES)
-@pytest.mark.parametrize("spec", [QuantSpec(3, "group", 16, symmetric=False), QuantSpec(8, symmetric=False)], ids=spec_id)
+@pytest.mark.parametrize(
+    "spec",
+    [
+        QuantSpec(3, "group", 16, False),
+        QuantSpec(8, symmetric=False),
+        QuantSpec(4, "group", 16, **HALF),
+        QuantSpec(8, **HALF),
+    ],
+    ids=spec_id,
+)
 def test_dynamic_arithmetic_by_hand(spec, runtime):
     """Plain Python, number by number: codes of the input, integer sums, one multiplication by the scales a group."""
     packed = packed_weight(3, 40, LayerSpec(spec, DYNAMIC), runtime=runtime)
@@ -185,9 +196,11 @@ def test_dynamic_arithmetic_by_hand(spec, runtime):
         for o, found in enumerate(row):
             expected = 0.0
             for g, start in enumerate(range(0, 40, size)):
-                u = int(packed.zero_point[o, g])
-                total = sum((inputs[i] - zero) * (codes[o][i] - u) for i in range(start, min(start + size, 40)))
-                expected += total * scale * packed.scale[o, g].item()
+                columns, step, u = range(start, min(start + size, 40)), packed.scale[o, g].item(), packed.shift[o, g].item()
+                if spec.minimum:
+                    expected += scale * u * sum(inputs[i] - zero for i in columns)
+                    u = 0
+                expected += scale * step * sum((inputs[i] - zero) * (codes[o][i] - u) for i in columns)
             assert found == pytest.approx(expected, rel=1e-5, abs=1e-4)
 
 

@@ -4,16 +4,16 @@ from conformance import random_weight, spec_id, weight_specs
 
 from optimum_zsaq.kernels import PackedTensors
 from optimum_zsaq.kernels.packed_tensors import quantize_inputs
-from optimum_zsaq.ops import dequantize, fake_quantize, fake_quantize_tokens, find_ranges, pack_codes, quantize
+from optimum_zsaq.ops import dequantize, fake_quantize, fake_quantize_tokens, find_ranges, pack_codes, quantize, scale_dtype
 from optimum_zsaq.spec import LayerSpec, QuantSpec
 
 
 def packed_weight(spec: QuantSpec, device="cpu", **others) -> tuple[PackedTensors, torch.Tensor]:
     """The tensors of a packed weight (3, 17), and its codes."""
     weight = random_weight(3, 17, 0)
-    scale, zero_point = find_ranges(weight, spec, "ternary" if spec.ternary else "minmax")
-    codes = quantize(weight, scale, zero_point, spec)
-    tensors = {"codes": pack_codes(codes, spec.bits), "scale": scale, "zero_point": zero_point, **others}
+    scale, shift = find_ranges(weight, spec, "ternary" if spec.ternary else "minmax")
+    codes = quantize(weight, scale, shift, spec)
+    tensors = {"codes": pack_codes(codes, spec.bits), "scale": scale.to(scale_dtype(spec)), "shift": shift, **others}
     tensors = {name: None if t is None else t.to(device) for name, t in tensors.items()}
     return PackedTensors(LayerSpec(spec), 17, **tensors), codes
 
@@ -22,7 +22,7 @@ def packed_weight(spec: QuantSpec, device="cpu", **others) -> tuple[PackedTensor
 class TestWeight:
     def test_is_what_the_codes_stand_for(self, spec, device):
         packed, codes = packed_weight(spec, device)
-        expected = dequantize(codes, packed.scale.cpu(), None if spec.symmetric else packed.zero_point.cpu(), spec)
+        expected = dequantize(codes, packed.scale.cpu(), None if spec.symmetric else packed.shift.cpu(), spec)
         assert packed.weight().dtype == torch.float32
         assert torch.equal(packed.weight().cpu(), expected)
 

@@ -160,7 +160,7 @@ class TestLife:
     @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
     def test_is_made_anew_after_a_write(self, spec):
         layer, x = make(spec)
-        names = ("codes", "scale", "zero_point", "outlier_positions", "outlier_values")
+        names = ("codes", "scale", "shift", "outlier_positions", "outlier_values")
         for name in names:
             tensor = getattr(layer, f"weight_{name}")
             if tensor is None:

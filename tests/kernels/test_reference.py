@@ -12,11 +12,11 @@ from optimum_zsaq.spec import LayerSpec, QuantSpec
 def packed_weight(spec: QuantSpec, inputs: QuantSpec | None = None, device="cpu") -> PackedTensors:
     """The tensors of a packed weight (3, 17), with two outliers."""
     weight = random_weight(3, 17, 0)
-    scale, zero_point = find_ranges(weight, spec, "ternary" if spec.ternary else "minmax")
+    scale, shift = find_ranges(weight, spec, "ternary" if spec.ternary else "minmax")
     tensors = {
-        "codes": pack_codes(quantize(weight, scale, zero_point, spec), spec.bits),
+        "codes": pack_codes(quantize(weight, scale, shift, spec), spec.bits),
         "scale": scale,
-        "zero_point": zero_point,
+        "shift": shift,
         "outlier_positions": torch.tensor([3, 40], dtype=torch.int32),
         "outlier_values": torch.tensor([0.5, -0.25]),
         "input_scale": torch.tensor([[0.02]]),

@@ -22,11 +22,11 @@ kernel, reference = KERNELS["cuda_dequantize"], KERNELS["reference"]
 cases = 0
 for bits in (2, 3, 4, 8):
     for layout in (("tensor", None), ("row", None), ("group", 16), ("group", 128)):
-        for symmetric in (True, False):
+        for form in ({"symmetric": True}, {"symmetric": False}, {"symmetric": False, "minimum": True, "scale_bits": 16}):
             for rows, columns in ((8, 17), (33, 129), (40, 300)):
                 share = 0.02 * (columns == 129)
                 inputs = INPUTS["dynamic-8"] if columns == 300 else None
-                spec = LayerSpec(QuantSpec(bits, *layout, symmetric=symmetric), inputs, share)
+                spec = LayerSpec(QuantSpec(bits, *layout, **form), inputs, share)
                 packed = packed_weight(rows, columns, spec, seed=cases)
                 for batch in (1, 20):
                     for dtype in (torch.float32, torch.float16):  # the interpreter multiplies no bfloat16
@@ -50,20 +50,22 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from optimum_zsaq.kernels.triton_matmul import dequantize_and_multiply as kernel
 
-def compile_for(capability, dtype, bits, asymmetric, blocks):
+def compile_for(capability, dtype, bits, form, blocks):
     types = {name: "i32" for name in kernel.arg_names}
-    types.update({name: f"*{dtype}" for name in ("x", "bias", "out")}, codes="*u8", scale="*fp32")
-    types["zero_point"] = "*u8" if asymmetric else "*fp32"
+    types.update({name: f"*{dtype}" for name in ("x", "bias", "out")}, codes="*u8")
+    types["scale"] = "*fp16" if form == "minimum" else "*fp32"
+    types["shift"] = "*u8" if form == "asymmetric" else types["scale"]
     constants = dict(zip(("BLOCK_M", "BLOCK_N", "BLOCK_K"), blocks))
-    constants.update(OFFSET=2 ** (bits - 1), BITS=bits, ASYMMETRIC=asymmetric, BIAS=True)
+    constants.update(OFFSET=2 ** (bits - 1), BITS=bits, BIAS=True)
+    constants.update(ASYMMETRIC=form == "asymmetric", MINIMUM=form == "minimum")
     types.update({name: "constexpr" for name in constants})
     source = ASTSource(kernel, types, constexprs=constants)
     return triton.compile(source, target=GPUTarget("cuda", capability, 32))
 
 for capability in (80, 90):
-    for dtype, bits in (("bf16", 3), ("fp16", 8), ("fp32", 4)):
+    for dtype, bits, form in (("bf16", 3, "asymmetric"), ("fp16", 8, "symmetric"), ("fp32", 4, "minimum")):
         for blocks in ((16, 32, 128), (64, 64, 32)):
-            binary = compile_for(capability, dtype, bits, bits == 3, blocks)
+            binary = compile_for(capability, dtype, bits, form, blocks)
             assert binary.asm["cubin"] and binary.metadata.shared <= 64 * 1024, binary.metadata.shared
 print("compiled")
 """
@@ -78,7 +80,7 @@ def run(script: str, **environment: str) -> str:
 
 
 def test_is_the_reference():
-    assert int(run(INTERPRETED, TRITON_INTERPRET="1")) == 384
+    assert int(run(INTERPRETED, TRITON_INTERPRET="1")) == 576
 
 
 def test_compiles_for_gpus(tmp_path):

@@ -188,7 +188,7 @@ def test_gradients_reach_weight_scale_bias_and_input(spec):
     x, upstream = torch.randn(5, 17, dtype=torch.float64, requires_grad=True), torch.randn(5, 3, dtype=torch.float64)
     layer(x).backward(upstream)
     weight = layer.weight.detach().clone().requires_grad_()
-    quantized = fake_quantize(weight, scale, layer.weight_zero_point, spec)
+    quantized = fake_quantize(weight, scale, layer.weight_shift, spec)
     quantized.backward(upstream.t() @ x.detach())
     assert relative_error(layer.weight.grad, weight.grad) < 1e-6  # the layer quantizes in float32
     assert relative_error(layer.weight_scale.grad, scale.grad) < 1e-6

@@ -40,12 +40,18 @@ def make(name: str, spec: LayerSpec, seed: int = 0, dtype: torch.dtype = torch.f
 class TestEveryKind:
     @pytest.mark.parametrize("spec", weight_specs(), ids=spec_id)
     def test_size_law(self, name, spec):
-        """Codes of ceil(I * bits / 8) bytes a row, a float32 scale a slice, a byte of zero point, 8 bytes an outlier."""
+        """Codes of ceil(I * bits / 8) bytes a row, a scale a slice, a zero point or a minimum, 8 bytes an outlier."""
         packed, _ = make(name, LayerSpec(spec, outliers=0.05))
         state = packed.state_dict()
         slices = spec.scale_shape(7, 17)[0] * spec.scale_shape(7, 17)[1]
-        expected = {"weight": 7 * 4, "weight_codes": 7 * packed_columns(17, spec.bits), "weight_scale": 4 * slices}
-        if not spec.symmetric:
+        expected = {
+            "weight": 7 * 4,
+            "weight_codes": 7 * packed_columns(17, spec.bits),
+            "weight_scale": spec.scale_bits // 8 * slices,
+        }
+        if spec.minimum:
+            expected["weight_minimum"] = spec.scale_bits // 8 * slices
+        elif not spec.symmetric:
             expected["weight_zero_point"] = slices
         expected |= {"weight_outlier_positions": 4 * 6, "weight_outlier_values": 4 * 6}
         if name != "embedding":
@@ -97,7 +103,7 @@ class TestEveryKind:
             assert torch.equal(packed(x), expected)
 
     @pytest.mark.parametrize("inputs", [None, DYNAMIC], ids=["float", "dynamic"])
-    @pytest.mark.parametrize("spec", weight_specs((2, 4), ternary=False), ids=spec_id)
+    @pytest.mark.parametrize("spec", [s for s in weight_specs((2, 4), ternary=False) if not s.minimum], ids=spec_id)
     def test_a_negative_scale_turns_the_codes_around(self, name, spec, inputs):
         packed, x = make(name, LayerSpec(spec, None if name == "embedding" else inputs))
         packed.set_runtime("fast", "reference")

@@ -6,7 +6,7 @@ from conformance import BITS, DTYPES, GROUP, random_weight, spec_id, weight_spec
 from tolerances import FORMULA, relative_error
 from torch import Tensor
 
-from optimum_zsaq.ops import clipped, dequantize, fake_quantize, fake_quantize_tokens, find_ranges, quantize
+from optimum_zsaq.ops import clipped, dequantize, fake_quantize, fake_quantize_tokens, find_ranges, quantize, scale_dtype
 from optimum_zsaq.ops.affine import expand_slices, slice_means, ternary_levels
 from optimum_zsaq.spec import QuantSpec
 
@@ -24,19 +24,33 @@ def slice_index(i: int, j: int, spec: QuantSpec) -> tuple[int, int]:
     return {"tensor": (0, 0), "row": (i, 0), "group": (i, j // (spec.group_size or 1))}[spec.granularity]
 
 
-def quantize_by_loop(weight: Tensor, scale: Tensor, zero_point: Tensor | None, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+def quantize_by_loop(weight: Tensor, scale: Tensor, shift: Tensor | None, spec: QuantSpec) -> tuple[Tensor, Tensor]:
     """Stored codes and values, weight by weight; python's `round` takes halves to even."""
     codes, values = [], []
     for i, row in enumerate(weight.float().tolist()):
         for j, value in enumerate(row):
             at = slice_index(i, j, spec)
             s = scale[at].item()
-            z = 0 if zero_point is None else int(zero_point[at])
+            if spec.minimum:
+                low = shift[at].item()
+                codes.append(min(max(round(f32(f32(value - low) / s)), 0), spec.highest))
+                values.append(f32(f32(codes[-1] * s) + low))
+                continue
+            z = 0 if shift is None else int(shift[at])
             level = min(max(round(f32(value / s)), spec.lowest - z), spec.highest - z)
             codes.append(level + z + spec.offset)
             values.append(f32(level * s))
     shape = weight.shape
     return torch.tensor(codes, dtype=torch.uint8).view(shape), torch.tensor(values, dtype=torch.float32).view(shape)
+
+
+def shift_of(spec: QuantSpec, shape: tuple[int, int], zero_point: int, scale: float) -> Tensor | None:
+    """The zero point, or the minimum that stands for the same."""
+    if spec.symmetric:
+        return None
+    if spec.minimum:
+        return torch.full(shape, -zero_point * scale, dtype=scale_dtype(spec))
+    return torch.full(shape, zero_point, dtype=torch.uint8)
 
 
 @pytest.mark.parametrize("spec", UNIFORM, ids=spec_id)
@@ -67,11 +81,13 @@ class TestUniformCodes:
         for z in {0, 1, spec.highest // 2, spec.highest} if not spec.symmetric else {0}:
             grid = torch.arange(spec.lowest - z, spec.highest - z + 1.0).repeat(3, 1)
             shape = spec.scale_shape(*grid.shape)
-            zero_point = None if spec.symmetric else torch.full(shape, z, dtype=torch.uint8)
-            assert torch.equal(fake_quantize(grid, torch.ones(shape), zero_point, spec), grid)
-            assert quantize(grid, torch.ones(shape), zero_point, spec)[0].tolist() == list(range(2**spec.bits))
+            shift = shift_of(spec, shape, z, 1.0)
+            assert torch.equal(fake_quantize(grid, torch.ones(shape), shift, spec), grid)
+            assert quantize(grid, torch.ones(shape), shift, spec)[0].tolist() == list(range(2**spec.bits))
 
     def test_zero_maps_to_zero(self, spec):
+        if spec.minimum:
+            pytest.skip("zero is no special value beside a minimum")
         weight = random_weight(3, 17, 0)
         weight[:, ::3] = 0
         for ranges in ("minmax", "mse", "lsq"):
@@ -80,12 +96,12 @@ class TestUniformCodes:
 
     def test_values_outside_the_range_saturate(self, spec):
         shape, z = spec.scale_shape(1, 6), 0 if spec.symmetric else 1
-        zero_point = None if spec.symmetric else torch.full(shape, z, dtype=torch.uint8)
+        shift = shift_of(spec, shape, z, 0.5)
         x = torch.tensor([[-torch.inf, -1e30, -1000.0, 1000.0, 1e30, torch.inf]])
         ends = [spec.lowest - z] * 3 + [spec.highest - z] * 3
-        assert fake_quantize(x, torch.full(shape, 0.5), zero_point, spec).tolist() == [[e * 0.5 for e in ends]]
+        assert fake_quantize(x, torch.full(shape, 0.5), shift, spec).tolist() == [[e * 0.5 for e in ends]]
         stored = [spec.lowest + spec.offset] * 3 + [spec.highest + spec.offset] * 3
-        assert quantize(x, torch.full(shape, 0.5), zero_point, spec).tolist() == [stored]
+        assert quantize(x, torch.full(shape, 0.5), shift, spec).tolist() == [stored]
 
     def test_quantizing_twice_changes_nothing(self, spec):
         weight = random_weight(3, 17, 2)
@@ -97,19 +113,20 @@ class TestUniformCodes:
         """v = w / s (with the zero point's shift): dQ/dw = 1 inside and 0 outside; dQ/ds = round(v) - v inside, the
         bound that v passes outside (LSQ, equation 3)."""
         weight = random_weight(3, 17, 0).double().requires_grad_()
-        scale, zero_point = find_ranges(weight, spec, "lsq")
+        scale, shift = find_ranges(weight, spec, "lsq")
         scale = scale.double().requires_grad_()
         upstream = torch.randn(3, 17, dtype=torch.float64)
-        found = torch.autograd.grad(fake_quantize(weight, scale, zero_point, spec), (weight, scale), upstream)
+        found = torch.autograd.grad(fake_quantize(weight, scale, shift, spec), (weight, scale), upstream)
         of_weight, of_scale = torch.zeros(3, 17, dtype=torch.float64), torch.zeros_like(scale)
         for i in range(3):
             for j in range(17):
                 at = slice_index(i, j, spec)
-                z = 0 if zero_point is None else int(zero_point[at])
-                v, low, high = (weight[i, j] / scale[at]).item(), spec.lowest - z, spec.highest - z
-                inside = low < v < high
+                z = 0 if shift is None or spec.minimum else int(shift[at])
+                value = weight[i, j] - shift[at].double() if spec.minimum else weight[i, j]
+                v, low, high = (value / scale[at]).item(), spec.lowest - z, spec.highest - z
+                inside = low <= v <= high
                 of_weight[i, j] = upstream[i, j] * inside
-                of_scale[at] += upstream[i, j] * (round(v) - v if inside else low if v <= low else high)
+                of_scale[at] += upstream[i, j] * (round(v) - v if inside else low if v < low else high)
         assert 0 < of_weight.count_nonzero() <= 51
         assert relative_error(found[0], of_weight) < FORMULA
         assert relative_error(found[1], of_scale.detach()) < FORMULA
