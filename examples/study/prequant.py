@@ -79,7 +79,7 @@ def run_cell(cell: Cell, data: Path) -> dict[str, Any]:
     reference = model_class.from_pretrained(data / path, dtype=torch.float32).eval()
     if cell.method == "float":
         return {**_MEASURES[cell.task](reference, None, data), **_file_size(data / path)}
-    settings = dict(cell.settings)
+    settings = {"granularity": "row", "symmetric": True, "ranges": "mse", **cell.settings}
     criterion = settings.pop("criterion", None)
     if "calibration_data" in settings:
         settings["calibration_data"] = str(data / settings["calibration_data"])

@@ -257,7 +257,7 @@ def run_cell(cell: Cell, data: Path) -> dict[str, Any]:
 def config_of(bits: int, symmetric: bool, kind: type[LowBitConfig] = PreQuantConfig) -> LowBitConfig:
     """The package's config of weights alone."""
     floats = {"activation_bits": None, "embedding_bits": None}
-    return kind(weight_bits=bits, granularity="group", group_size=GROUP, symmetric=symmetric, **floats)
+    return kind(weight_bits=bits, granularity="group", group_size=GROUP, symmetric=symmetric, minimum=False, **floats)
 
 
 @torch.no_grad()

@@ -36,7 +36,7 @@ _GRANULARITY_HELP = (
     "for decoders at up to 6 bits, else row"
 )
 _RANGES_HELP = (
-    "mse, minmax, signed, lsq; ternary (2 bits); energy (prequant: errors count by what inputs carry, of decoders the "
+    "mse, minmax, signed, lsq; ternary (2 bits); energy (errors count by what inputs carry; of decoders the "
     "default); auto (default): by scheme and kind of model"
 )
 _DATA_HELP = "file of texts, for mrem or for static ranges; mrem: zero-shot for generated ones (ranges: sampled tokens)"
@@ -73,11 +73,11 @@ class QuantizeCommand(Command):
         parser.add_argument("--calibration-samples", type=int, help="texts used of it (default: 128, mrem: 1024)")
         parser.add_argument("--seed", type=int, default=0, help="of sampled or generated token sequences (default: 0)")
         parser.add_argument("--steps", type=int, help="zsaq: steps; mrem: of each stage (default: 200; 120)")
-        parser.add_argument("--batch-size", type=int, help="zsaq, mrem: sequences a step (default: 16, decoders 8; 32)")
+        parser.add_argument("--batch-size", type=int, help="zsaq, mrem: sequences a step (default: 16; 32; decoders 8)")
         parser.add_argument(
             "--sequence-length",
             type=int,
-            help="zsaq, mrem: tokens of the longest (default: 128; zsaq of encoder-decoders: 32)",
+            help="zsaq, mrem: tokens of the longest (default: 128; zsaq, encoder-decoders: 32; mrem, decoders: 256)",
         )
         parser.add_argument(
             "--learning-rate",

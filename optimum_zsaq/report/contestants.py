@@ -53,7 +53,8 @@ _CALIBRATION_SAMPLES = 32  # enough to run as fast; sampling them takes long on 
 def _ours(weight_bits: int, *, dtype: str = "float32", runtime: str = "fast", **settings: Any) -> Contestant:
     """A packed checkpoint of this package; tables have 8 bits beside 8-bit weights and 4 bits beside fewer."""
     activation_bits = settings.setdefault("activation_bits", 8)
-    settings = {"weight_bits": weight_bits, "embedding_bits": 8 if weight_bits == 8 else 4, **settings}
+    usual = {"embedding_bits": 8 if weight_bits == 8 else 4, "granularity": "row", "symmetric": True, "ranges": "mse"}
+    settings = {"weight_bits": weight_bits, **usual, **settings}
     if settings.get("activations") == "static":
         settings["calibration_samples"] = _CALIBRATION_SAMPLES
 
