@@ -28,6 +28,8 @@ LAYERS = {  # spec, runtime, kernel
     "weight-only": (LayerSpec(W4), "fast", None),
     "group": (LayerSpec(GROUP, DYNAMIC), "fast", None),
     "outliers": (LayerSpec(W4, DYNAMIC, 0.02), "fast", None),
+    "minimum": (LayerSpec(QuantSpec(4, symmetric=False, minimum=True), DYNAMIC), "fast", None),
+    "minimum-groups": (LayerSpec(QuantSpec(4, "group", 32, False, minimum=True, scale_bits=16), DYNAMIC), "fast", None),
     "small": (LayerSpec(W4, DYNAMIC), "small", None),
     "small-static": (LayerSpec(GROUP, STATIC, 0.02), "small", None),
     "reference": (LayerSpec(W4, DYNAMIC), "fast", "reference"),

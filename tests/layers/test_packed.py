@@ -115,6 +115,19 @@ class TestEveryKind:
         packed.set_runtime("fast")
         assert relative_error(packed(x), found) <= KERNEL[torch.float32]
 
+    @pytest.mark.parametrize("spec", weight_specs((3,)), ids=spec_id)
+    def test_scaled_rows_are_what_the_codes_stand_for_times_a_factor(self, name, spec):
+        """Scales become float32, so that nothing is rounded a second time."""
+        packed, x = make(name, LayerSpec(spec))
+        factors, before = torch.linspace(0.5, 2.0, 7), packed.quantized_weight()
+        if spec.granularity == "tensor":
+            factors = factors[:1]
+        packed.scale_rows(factors)
+        assert packed.weight_scale.dtype == torch.float32
+        assert relative_error(packed.quantized_weight(), before * factors.view(-1, 1)) < 1e-6
+        assert packed.spec.weight.scale_bits == 32
+        assert torch.isfinite(packed(x)).all()
+
     def test_unknown_runtime(self, name):
         packed, _ = make(name, LayerSpec(QuantSpec(4)))
         with pytest.raises(ValueError, match=r"runtime='quick' is unknown; use one of \('fast', 'small'\)"):
