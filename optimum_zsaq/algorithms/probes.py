@@ -26,7 +26,8 @@ _EACH = 8  # sequences of each length
 _FLATTER = 0.5  # power that flattens a prior for a probe
 _SPREAD = 2.0  # standard errors by which a probe must be worse to count as worse,
 _LEAST = 0.1  # and this share of rounding's distance on inputs as training has them
-UNWRITTEN = 0.75  # share of rounding's distance that must be undercut where nobody wrote the inputs
+UNWRITTEN = 0.75  # share of rounding's distance that must be undercut where nobody wrote the inputs,
+_HALF = 0.5  # and of the distance of its hidden states
 _HELD_OUT = 16  # one sequence in so many of a written pool is kept for probes
 
 
@@ -140,7 +141,7 @@ class Guard:
         keeps (`bool`): whether a copy of the best state is made; without, `restore` is not to be called.
         below (`float`): a state takes rounding's place if its distance is below this share of rounding's; of those that do,
             the nearest on all probes is kept. Inputs that nobody wrote are unlike text, and a small gain on them is none
-            on text: `UNWRITTEN`.
+            on text: with `UNWRITTEN`, or any share below 1, the hidden states' distance must fall by half too.
     """
 
     def __init__(self, run: Minimax, probes: list[Probe], keeps: bool = True, below: float = 1.0):
@@ -158,6 +159,7 @@ class Guard:
             return found
         self.worse[stage] = [name for name in found if self._is_worse(name, found[name])]
         allowed = not self.worse[stage] and self.distance(stage) < self.below
+        allowed = allowed and (self.below == 1.0 or self.discrepancy(stage) < _HALF)
         if self.keeps and allowed and self.distance(stage, unlike=True) < self.distance(self.chosen, unlike=True):
             self._best = (stage, [p.detach().clone() for p in self.run.trained])
         return found
@@ -175,6 +177,11 @@ class Guard:
         like = [probe.name for probe in self.probes if unlike or not probe.unlike]
         sums = [sum(self.measured[s][name].deciding.mean().item() for name in like) for s in (stage, ROUNDED)]
         return _ratio(*sums)
+
+    def discrepancy(self, stage: str) -> float:
+        """As `distance`, of the hidden states."""
+        like = [probe.name for probe in self.probes if not probe.unlike]
+        return _ratio(*(sum(self.measured[s][name].discrepancy.mean().item() for name in like) for s in (stage, ROUNDED)))
 
     @torch.no_grad()
     def restore(self) -> str:

@@ -143,14 +143,17 @@ class TestTheGuard:
         other.restore()
         assert equal(weights(run), good)
 
-    def test_asks_for_more_than_a_small_gain(self):
+    def test_asks_for_more_than_a_small_gain(self, monkeypatch):
         run, guard = watched()
         advance(run, 20)
         gained = guard._found
         guard.measure("trained")
         share = guard.distance("trained")
         assert guard.chosen == "trained"
-        for below, chosen in ((share * 0.99, ROUNDED), (share * 1.01, "trained")):
+        hidden = guard.discrepancy("trained")
+        cases = [(share * 0.99, 1.0, ROUNDED), (share * 1.01, hidden * 1.01, "trained"), (1.0, hidden * 0.99, "trained")]
+        for below, half, chosen in (*cases, (share * 1.01, hidden * 0.99, ROUNDED)):
+            monkeypatch.setattr("optimum_zsaq.algorithms.probes._HALF", half)
             other = Guard(run, guard.probes, below=below)
             other.measured[ROUNDED] = guard.measured[ROUNDED]
             other._found = gained
