@@ -13,6 +13,7 @@ from transformers.utils.logging import tqdm
 
 from ..algorithms.energy import input_energies
 from ..kinds import kind_of
+from ..ops import NOT_FINITE
 from ..spec import QuantScheme
 from ..surgery import pack, prepare, select
 from .checkpoint import is_read
@@ -43,10 +44,11 @@ def prepare_for(
         total (`int`): how many sequences they hold.
 
     Raises:
-        ValueError: see `surgery.prepare`; an input that is not finite.
+        ValueError: see `surgery.prepare`; a weight or an input that is not finite.
     """
     if ranges != "energy":
         return prepare(model, scheme, ranges)
+    check_finite(model)
     names = [name for name in select(model, scheme) if not kind_of(model.get_submodule(name)).table]
     with tqdm(total=total, desc="Measuring layers' inputs", unit="sequence", leave=False) as bar:
 
@@ -60,6 +62,17 @@ def prepare_for(
     if unreached:
         logger.warning("No sequence reached these layers, whose ranges are those of 'mse': %s", ", ".join(unreached))
     return prepare(model, scheme, "energy", energies)
+
+
+def check_finite(model: PreTrainedModel) -> None:
+    """Refuse a model that would write nothing, or nonsense, because of one weight.
+
+    Raises:
+        ValueError: a weight that is NaN or infinite.
+    """
+    for name, p in model.named_parameters():
+        if not p.is_meta and not torch.isfinite(p).all():
+            raise ValueError(f"{name}: {NOT_FINITE}")
 
 
 @torch.no_grad()

@@ -23,7 +23,7 @@ from .closing import ROUNDED, TRAINED
 from .data import tokenizer_or_none, uncached_batch
 from .forms import input_mixture, longest_sequence, make_inputs, vocabulary_prior
 from .recipe import calibrate_on_load
-from .rounding import SEQUENCES, prepare_for
+from .rounding import SEQUENCES, check_finite, prepare_for
 from .state import TrainingState
 from .writing import AnsweredSource, answer_inputs, write_continuations, write_texts
 from .zsaq import ZSAQConfig
@@ -174,6 +174,7 @@ def finish_training(model: PreTrainedModel, packed: bool, dtypes: dict[str, torc
 
 def start_run(model: PreTrainedModel, config: ZSAQConfig) -> tuple[Minimax, Guard]:
     """The training of a float model, which becomes the student, rounded, in place; and what watches over it."""
+    check_finite(model)
     for p in model.parameters():
         p.data = p.data.float()
     teacher = copy.deepcopy(model)

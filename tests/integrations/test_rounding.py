@@ -110,6 +110,18 @@ def test_prepare_takes_energies_with_that_method_alone(ranges, energies):
         prepare(make("bert-cls"), PreQuantConfig(**SCHEME).scheme(), ranges, energies)
 
 
+@pytest.mark.parametrize("algorithm", [PreQuantConfig, ZSAQConfig])
+@pytest.mark.parametrize("name", ["model.layers.0.mlp.up_proj.weight", "model.norm.weight"])
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+def test_a_weight_that_is_not_finite_is_named(tmp_path, algorithm, name, bad):
+    """Also one that is not quantized: the model would have nothing to write."""
+    model = make("llama-untied")
+    model.get_parameter(name).data.view(-1)[0] = bad
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"{name}: a weight is NaN or infinite.*check the float checkpoint"):
+        tf.LlamaForCausalLM.from_pretrained(tmp_path, quantization_config=algorithm())
+
+
 def test_squat_refuses_it():
     with pytest.raises(ValueError, match="ranges='energy' is not allowed; use one of"):
         SQuATConfig(ranges="energy")
