@@ -17,10 +17,11 @@ def dense_products(x: Tensor, packed: PackedTensors) -> Tensor:
     for start in range(0, packed.rows, step):
         rows = slice(start, start + step)
         codes = unpack_codes(packed.codes[rows], spec.bits, packed.columns)
-        weight = dequantize(codes, _of(packed.scale, rows), _of(packed.shift, rows), spec)
+        weight = dequantize(codes, of_rows(packed.scale, rows), of_rows(packed.shift, rows), spec)
         out[:, rows] = torch.nn.functional.linear(x, weight.to(x.dtype))
     return out
 
 
-def _of(values: Tensor | None, rows: slice) -> Tensor | None:
+def of_rows(values: Tensor | None, rows: slice) -> Tensor | None:
+    """Scales or shifts of some rows; those of a whole tensor serve them all. Shapes: (1, G) or (O, G) -> (1, G) or (r, G)."""
     return values if values is None or len(values) == 1 else values[rows]

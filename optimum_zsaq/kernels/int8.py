@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..ops import unpack_codes
-from .dense import dense_products
+from .dense import dense_products, of_rows
 from .integer_inputs import FEW_ROWS, IntegerInputs, integer_inputs
 from .packed_tensors import PackedTensors
 from .prepacked import all_prepacked, prepacked
@@ -257,7 +257,7 @@ def _blockwise_products(inputs: IntegerInputs, packed: PackedTensors) -> Tensor:
     for start in range(0, packed.rows, step):
         rows = slice(start, min(start + step, packed.rows))
         weight, offset = widened(packed, rows)
-        scale = _per_row(_of(packed.scale, rows).float(), len(weight))
+        scale = _per_row(of_rows(packed.scale, rows).float(), len(weight))
         minimum = _minimum(packed, rows, scale)
         total = None
         for group, (a, b) in enumerate(segments):
@@ -296,7 +296,7 @@ def widened(packed: PackedTensors, rows: slice) -> tuple[Tensor, Tensor | None]:
     elif spec.symmetric:
         offset = None if spec.offset == shift else torch.tensor(spec.offset).view(1, 1)
     else:
-        offset = _of(packed.shift, rows)
+        offset = of_rows(packed.shift, rows)
     if offset is not None:
         offset = _per_row(offset.to(torch.int32) - shift, len(weight))
         if offset.shape[1] == 1 and packed.spec.weight.granularity == "group":
@@ -309,12 +309,8 @@ def _minimum(packed: PackedTensors, rows: slice, scale: Tensor) -> Tensor | None
     spec = packed.spec.weight
     if not spec.minimum:
         return None
-    minimum = _per_row(_of(packed.shift, rows).float(), len(scale))
+    minimum = _per_row(of_rows(packed.shift, rows).float(), len(scale))
     return minimum + 128 * scale if spec.bits == 8 else minimum
-
-
-def _of(values: Tensor, rows: slice) -> Tensor:
-    return values if len(values) == 1 else values[rows]
 
 
 # Whether this machine can --------------------------------------------------------------------------------------------
