@@ -23,5 +23,5 @@ def dense_products(x: Tensor, packed: PackedTensors) -> Tensor:
 
 
 def of_rows(values: Tensor | None, rows: slice) -> Tensor | None:
-    """Scales or shifts of some rows; those of a whole tensor serve them all. Shapes: (1, G) or (O, G) -> (1, G) or (r, G)."""
+    """Scales or shifts of some rows, or that of all. Shapes: (1, G) or (O, G) -> (1, G) or (r, G)."""
     return values if values is None or len(values) == 1 else values[rows]
