@@ -130,7 +130,7 @@ class ParallelReconstruction:
         if {id(p) for p in teacher.parameters()} & {id(p) for p in student.parameters()}:
             raise ValueError("teacher and student share weights; make the student from copy.deepcopy(teacher)")
         self.teacher, self.student, self.batches, self.settings = teacher, student, batches, settings
-        self.stages = cut(student, batches[0], settings.stages)
+        self.stages = cut(student, batches[0], settings.stages, outputs=bool(settings.output_weight))
         frozen = read_by_later(student, self.stages, batches[0])
         self.workers = [StageWorker(teacher, student, stage, batches, settings, frozen) for stage in self.own_stages()]
         self.queues: list[deque[Entry]] = [deque() for _ in self.workers]  # of each worker; the first stage has none

@@ -11,7 +11,7 @@ other, each on the outputs of the quantized stages before it; `parallel.py` (MRE
 import math
 from collections.abc import Container, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -124,8 +124,6 @@ def reconstruction_error(found: dict[str, Tensor], wanted: dict[str, Tensor], ba
 def wanted_states(states: dict[str, Tensor], stage: Stage, settings: ReconstructionSettings) -> dict[str, Tensor]:
     """What a stage is to learn, of what the float stage returned."""
     skipped = set(stage.blocks[:-1]) if settings.targets == "last" else set()
-    if not settings.output_weight:
-        skipped |= set(OUTPUTS)
     return {name: state for name, state in states.items() if name not in skipped}
 
 
@@ -261,7 +259,8 @@ def compensate_stage(
         known (`Sequence[tuple]`): for each of them, what the stage is given in the teacher and in the student.
         ranges (`str`, *optional*): see `CompensationSettings`.
     """
-    order = units(student, lambda: run_stage(student, stage, batches[0], known[0][1]))
+    whole = replace(stage, outputs=True)  # a head is compensated, learned or not
+    order = units(student, lambda: run_stage(student, whole, batches[0], known[0][1]))
     order = [u for u in order if u in stage.blocks or f"{u}.weight" in stage.parameters]
     returned = ({name: [k[side][of] for k in known] for name, of in stage.answers.items()} for side in (0, 1))
     replays = [Replay(model, batches, answers) for model, answers in zip((teacher, student), returned, strict=True)]

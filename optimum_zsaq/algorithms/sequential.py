@@ -53,7 +53,7 @@ class SequentialReconstruction:
         self.teacher, self.student, self.batches, self.settings = teacher, student, batches, settings
         self.offloaded = offloaded
         with offloaded.passing(teacher) if offloaded else nullcontext():
-            self.stages = cut(student, batches[0], settings.stages, runs=teacher)
+            self.stages = cut(student, batches[0], settings.stages, teacher, bool(settings.output_weight))
         self.losses: list[list[float]] = []
         self.resumable = True  # whether `state_dict` has all that was done: when a stage has ended
         self._finished: list[dict[str, Tensor]] = []

@@ -40,6 +40,7 @@ class Stage:
         answers (`Mapping[str, str]`): each block of earlier stages -> the block with whose output it answers: the last of
             a row of blocks that hand their state straight to the next, so that only that one's is kept.
         kept (`tuple[str]`): the blocks whose output later stages need once this one is done.
+        outputs (`bool`): whether the last stage learns the model's own outputs.
     """
 
     index: int
@@ -48,11 +49,17 @@ class Stage:
     parameters: tuple[str, ...]
     answers: Mapping[str, str]
     kept: tuple[str, ...]
+    outputs: bool = True
 
     @property
     def last(self) -> bool:
-        """Whether the pass goes on to the model's own output."""
+        """Whether no stage comes after this one."""
         return self.index == self.count - 1
+
+    @property
+    def ends(self) -> bool:
+        """Whether the pass goes on to the model's own outputs."""
+        return self.last and self.outputs
 
     @property
     def title(self) -> str:
@@ -60,7 +67,9 @@ class Stage:
         return f"stage {self.index + 1} of {self.count}"
 
 
-def cut(model: nn.Module, batch: dict[str, Any], count: int, runs: nn.Module | None = None) -> list[Stage]:
+def cut(
+    model: nn.Module, batch: dict[str, Any], count: int, runs: nn.Module | None = None, outputs: bool = True
+) -> list[Stage]:
     """Cut a model into stages of nearly equal numbers of blocks, the longer ones first.
 
     Args:
@@ -68,6 +77,7 @@ def cut(model: nn.Module, batch: dict[str, Any], count: int, runs: nn.Module | N
         batch (`dict`): what it is called with, once, to see what runs when.
         count (`int`): of stages.
         runs (`nn.Module`, *optional*): the same model in another state, to be called instead.
+        outputs (`bool`): whether the last stage learns the model's own outputs.
 
     Raises:
         ValueError: more stages than blocks; a block that runs more than once a pass; a low-bit layer that belongs to no
@@ -86,7 +96,7 @@ def cut(model: nn.Module, batch: dict[str, Any], count: int, runs: nn.Module | N
     for index, end in enumerate(ends):
         kept = tuple(dict.fromkeys(_answers(order, straight, end).values())) if end < len(order) else ()
         answers = _answers(order, straight, start)
-        stages.append(Stage(index, count, tuple(order[start:end]), tuple(owned[index]), answers, kept))
+        stages.append(Stage(index, count, tuple(order[start:end]), tuple(owned[index]), answers, kept, outputs))
         start = end
     return stages
 
@@ -224,7 +234,7 @@ def run_stage(model: nn.Module, stage: Stage, batch: dict[str, Any], memory: Mem
     def note(name: str) -> Callable:
         def hook(_: nn.Module, __: tuple, returned: Any) -> None:
             found[name] = returned
-            if name == stage.blocks[-1] and not stage.last:
+            if name == stage.blocks[-1] and not stage.ends:
                 raise _Reached
 
         return hook
@@ -239,7 +249,7 @@ def run_stage(model: nn.Module, stage: Stage, batch: dict[str, Any], memory: Mem
         for hook in hooks:
             hook.remove()
     states = {name: state_of(returned) for name, returned in found.items()}
-    if stage.last:
+    if stage.ends:
         states |= _outputs(output, states)
     kept = {name: found[name] if name in found else memory[name] for name in stage.kept}
     return states, tree_map(lambda value: value.detach() if isinstance(value, Tensor) else value, kept)

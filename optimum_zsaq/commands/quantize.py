@@ -168,6 +168,12 @@ def _add_layout(parser: ArgumentParser) -> None:
         "--asymmetric", dest="symmetric", action="store_false", help="weights with one (default: groups alone)"
     )
     parser.add_argument("--ranges", help=_RANGES_HELP)
+    parser.add_argument(
+        "--smoothing",
+        type=float,
+        help="power of an input channel's size that moves into the weights first, 0 to 1 (default: 0.7 for decoders with "
+        "static inputs, or with low-bit inputs and more than 6 bits; else 0)",
+    )
 
 
 def _check_output(output: Path) -> None:
@@ -198,6 +204,7 @@ def _quantization_config(args: Namespace) -> Any:
         modules_to_not_convert=args.modules_to_not_convert,
         outliers=args.outliers,
         outlier_scope=args.outlier_scope,
+        smoothing=args.smoothing,
         calibration_data=args.calibration_data,
         seed=args.seed,
     )

@@ -28,6 +28,7 @@ RANGE_METHODS = ("auto", "mse", "minmax", "signed", "lsq", "ternary")
 ALGORITHMS: dict[str, type["LowBitConfig"]] = {}
 _GROUPED_BITS = 6  # wider codes hold with a scale a row: our choice, measured in docs/methods/language_models.md
 _GROUP_SIZE = 64
+_SMOOTHING = 0.7  # our choice, measured in docs/methods/language_models.md
 _STORED = ("quant_method", "format_version", "algorithm", "packed", "modules", "recipe")
 _NEVER_STORED = ("runtime", "kernel", "calibration_data")
 
@@ -52,6 +53,10 @@ class LowBitConfig(QuantizationConfigMixin):
         activations (`str`): "dynamic": a range a token, found as it runs; "static": one stored range a layer.
         modules_to_not_convert (`list[str]`, *optional*): runs of name parts, such as "pooler" or "encoder.layer.0", of
             layers that stay float, in addition to heads, which always do.
+        smoothing (`float`, *optional*): power of the root mean square of an input channel that moves into the weights
+            before they are rounded, 0 to 1, where what makes the channel allows it (`algorithms/smoothing.py`): coarse
+            inputs get easier, coarse weights harder. 0: nothing moves; None: 0.7 for decoders whose inputs have a stored
+            range, or low bits and weights of more than 6 bits, else 0 (docs/methods/language_models.md).
         outliers (`float`, *optional*): share of each matrix whose float residual is stored beside the codes, in (0, 1).
         outlier_scope (`str`): which they are: "matrix": its largest magnitudes; "row": those of each row, as many of each.
             Both measured in docs/methods/prequant_adapters.md.
@@ -89,6 +94,7 @@ class LowBitConfig(QuantizationConfigMixin):
         outlier_scope: str = "matrix",
         runtime: str = "fast",
         kernel: str | None = None,
+        smoothing: float | None = None,
         calibration_data: Any = None,
         calibration_samples: int = 128,
         seed: int = 0,
@@ -107,7 +113,7 @@ class LowBitConfig(QuantizationConfigMixin):
         self.symmetric, self.minimum = symmetric, minimum
         self.ranges, self.activations = ranges, activations
         self.modules_to_not_convert = _list_of_names(modules_to_not_convert)
-        self.outliers, self.outlier_scope = outliers, outlier_scope
+        self.outliers, self.outlier_scope, self.smoothing = outliers, outlier_scope, smoothing
         self.runtime, self.kernel = runtime, kernel
         self.calibration_data, self.calibration_samples, self.seed = calibration_data, calibration_samples, seed
         self._check_values()
@@ -163,6 +169,7 @@ class LowBitConfig(QuantizationConfigMixin):
                 f"minimum=True is for asymmetric weights and got symmetric={self.symmetric!r}, ranges={self.ranges!r}; "
                 "use symmetric=False, or leave minimum out"
             )
+        self._check_smoothing()
         self._check_calibration_data()
         if self.activations == "static" and self.activation_bits is None:
             raise ValueError("activations='static' needs a width; use activation_bits=8 or activations='dynamic'")
@@ -181,6 +188,15 @@ class LowBitConfig(QuantizationConfigMixin):
                     f"the table `modules` in the quantization_config is damaged ({error!r}); "
                     "restore config.json from where the checkpoint came from"
                 ) from error
+
+    def _check_smoothing(self) -> None:
+        power = 0.0 if self.smoothing is None else self.smoothing
+        if isinstance(power, bool) or not isinstance(power, int | float) or not 0.0 <= power <= 1.0:
+            raise ValueError(f"smoothing={power!r} is no power of a channel's size; use a number from 0 to 1, or None")
+        if power and not self.knows_energies:
+            raise ValueError(
+                f"smoothing={power!r} looks at inputs of the float model, which {type(self).__name__} does not; omit it"
+            )
 
     def _check_calibration_data(self) -> None:
         if self.calibration_data is not None and (self.activations != "static" or self.activation_bits is None):
@@ -237,6 +253,13 @@ class LowBitConfig(QuantizationConfigMixin):
     def ranges_for(self, model: nn.Module) -> str:
         """How the scales of a model are found; "auto" is "energy" for decoders, where the float model is run."""
         return "energy" if self.ranges == "auto" and self.knows_energies and is_decoder(model) else self.ranges
+
+    def smoothing_for(self, model: nn.Module) -> float:
+        """The power with which a model is smoothed; see the field."""
+        if self.smoothing is not None or not self.knows_energies:
+            return self.smoothing or 0.0
+        coarse = self.activations == "static" or self.weight_bits > _GROUPED_BITS
+        return _SMOOTHING if self.activation_bits is not None and coarse and is_decoder(model) else 0.0
 
     def runs_float_model(self, model: nn.Module) -> bool:
         """Whether the float model is run before it is quantized, instead of quantizing each weight as it is read."""

@@ -107,6 +107,10 @@ class MREMConfig(LowBitConfig):
         """Always."""
         return True
 
+    def smoothing_for(self, model: nn.Module) -> float:
+        """As in `LowBitConfig`; nothing moves in blocks that lie on disk."""
+        return 0.0 if self.offload else super().smoothing_for(model)
+
     def _check_values(self) -> None:
         super()._check_values()
         for name in ("batch_size", "start_samples"):
@@ -138,6 +142,7 @@ class MREMConfig(LowBitConfig):
             "activations='static' needs passes of the whole model": self.activations == "static",
             f"calibration_data={ZERO_SHOT!r} needs passes of the whole model": self.calibration_data == ZERO_SHOT,
             "packed=False keeps all float weights": not self.packed,
+            f"smoothing={self.smoothing!r} needs a pass of the whole model": bool(self.smoothing),
         }
         found = [reason for reason, holds in needs_all.items() if holds]
         if self.offload and found:

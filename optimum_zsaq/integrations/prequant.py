@@ -27,7 +27,7 @@ class PreQuantConfig(LowBitConfig):
 
     def runs_float_model(self, model: nn.Module) -> bool:
         """Whether the float model is run before it is quantized."""
-        return self.ranges_for(model) == "energy"
+        return self.ranges_for(model) == "energy" or self.smoothing_for(model) > 0.0
 
 
 ALGORITHMS[PreQuantConfig.algorithm] = PreQuantConfig

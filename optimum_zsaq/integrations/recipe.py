@@ -13,28 +13,45 @@ from .. import __version__
 from ..algorithms.calibration import calibrate, float_inputs
 from ..surgery import low_bit_layers
 from .configs import LowBitConfig
-from .data import describe_data, text_batches
+from .data import Batch, describe_data, text_batches
 from .forms import sampled_batches
 
 
-def calibrate_on_load(model: PreTrainedModel, config: LowBitConfig) -> dict[str, Any] | None:
-    """Find the static input ranges of a model that was just quantized.
+def calibration_batches(model: PreTrainedModel, config: LowBitConfig) -> tuple[list[Batch], dict[str, Any]]:
+    """What static input ranges are measured on: the config's data, else sampled sequences, best by a float model.
 
     Returns:
-        `dict`, *optional*: what the data was (kind, count, hash); None where no layer has a static range.
+        `tuple`: the batches, and what they are (kind, count, hash or seed).
+    """
+    data, count = config.calibration_data, config.calibration_samples
+    if data is None:
+        sampled = {"kind": "sampled token sequences", "count": count, "seed": config.seed}
+        return list(sampled_batches(model, count, config.seed)), sampled
+    return list(text_batches(model, data, count)), describe_data(data, count)
+
+
+def calibrate_on_load(
+    model: PreTrainedModel, config: LowBitConfig, batches: list[Batch] | None = None
+) -> dict[str, Any] | None:
+    """Find the static input ranges of a model that was just quantized.
+
+    Args:
+        model (`PreTrainedModel`): fake-quantized or packed.
+        config (`LowBitConfig`): how.
+        batches (`list[dict]`, *optional*): what to measure on; None: see `calibration_batches`.
+
+    Returns:
+        `dict`, *optional*: what the data was; None where no layer has a static range, or the batches were given.
     """
     static = (layer.spec.inputs for _, layer in low_bit_layers(model))
     if not any(inputs is not None and inputs.granularity == "tensor" for inputs in static):
         return None
-    if config.calibration_data is None:
+    data = None
+    if batches is None:
         with float_inputs(model):
-            batches = list(sampled_batches(model, config.calibration_samples, config.seed))
-        data = {"kind": "sampled token sequences", "count": config.calibration_samples, "seed": config.seed}
-    else:
-        batches = list(text_batches(model, config.calibration_data, config.calibration_samples))
-        data = describe_data(config.calibration_data, config.calibration_samples)
-    batches = tqdm(batches, desc="Calibrating input ranges", unit="batch", leave=False)
-    calibrate(model, batches, ranges="minmax" if config.ranges == "minmax" else "mse")
+            batches, data = calibration_batches(model, config)
+    watched = tqdm(batches, desc="Calibrating input ranges", unit="batch", leave=False)
+    calibrate(model, watched, ranges="minmax" if config.ranges == "minmax" else "mse")
     return data
 
 
@@ -44,6 +61,7 @@ def write_recipe(model: PreTrainedModel, config: LowBitConfig, data: dict[str, A
     config.recipe = {
         "base_model": Path(source).resolve().name if os.path.isdir(source) else source,
         "ranges": config.ranges_for(model),
+        "smoothing": config.smoothing_for(model),
         "calibration": data,
         "versions": {
             "optimum_zsaq": __version__,

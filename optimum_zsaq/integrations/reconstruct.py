@@ -23,7 +23,7 @@ from ..algorithms.parallel import ParallelReconstruction
 from ..algorithms.pipeline import PipelineReconstruction
 from ..algorithms.sequential import SequentialReconstruction
 from ..algorithms.stages import Stage
-from ..surgery import blocks, low_bit_layers
+from ..surgery import blocks, low_bit_layers, prepare
 from .data import (
     Batch,
     describe_data,
@@ -36,7 +36,7 @@ from .data import (
 )
 from .forms import missing_forms, writes_text
 from .mrem import ZERO_SHOT, MREMConfig
-from .rounding import prepare_for
+from .rounding import look_at_inputs
 from .state import PipelineState, TrainingState
 from .zero_shot import (
     autocast_dtype,
@@ -131,10 +131,13 @@ def start_reconstruction(
     found = blocks(model)
     # MREM-S runs a float stage for the last time before it is trained, so that its blocks need no copy
     shared = {} if config.parallel else {id(p): p for block in found.values() for p in block.parameters()}
+    scheme, energies, ranges = config.scheme(model), None, config.ranges  # blocks on disk have ranges when they are read
+    if not offloaded:
+        shown = batches[:: max(1, len(batches) // _SHOWN)][:_SHOWN]
+        ranges = config.ranges_for(model)
+        energies = look_at_inputs(model, scheme, config, shown, sum(len(batch["input_ids"]) for batch in shown))
     teacher = copy.deepcopy(model, shared)
-    shown = batches[:: max(1, len(batches) // _SHOWN)][:_SHOWN]
-    ranges = config.ranges if offloaded else config.ranges_for(model)  # blocks on disk have ranges when they are read
-    prepare_for(model, config.scheme(model), ranges, shown, sum(len(batch["input_ids"]) for batch in shown))
+    prepare(model, scheme, ranges, energies)
     if any(m.spec.inputs and m.spec.inputs.granularity == "tensor" for _, m in low_bit_layers(model)):
         calibrate(model, batches, ranges="minmax" if config.ranges == "minmax" else "mse")
     stages = config.stages or max(1, min(_STAGES, len(found)))

@@ -17,13 +17,13 @@ from ..algorithms.forms import InputMixture
 from ..algorithms.generators import Generator, PriorSource, Source, WrittenSource
 from ..algorithms.minimax import Minimax, MinimaxSettings
 from ..algorithms.probes import UNWRITTEN, Guard, hold_out, make_probes
-from ..surgery import pack
+from ..surgery import pack, prepare
 from .checkpoint import is_read
 from .closing import ROUNDED, TRAINED
 from .data import tokenizer_or_none, uncached_batch
 from .forms import input_mixture, longest_sequence, make_inputs, vocabulary_prior
-from .recipe import calibrate_on_load
-from .rounding import SEQUENCES, check_finite, prepare_for
+from .recipe import calibrate_on_load, calibration_batches
+from .rounding import SEQUENCES, SMOOTHED, check_finite, look_at_inputs
 from .state import TrainingState
 from .writing import AnsweredSource, answer_inputs, write_continuations, write_texts
 from .zsaq import ZSAQConfig
@@ -179,9 +179,15 @@ def start_run(model: PreTrainedModel, config: ZSAQConfig) -> tuple[Minimax, Guar
         p.data = p.data.float()
     teacher = copy.deepcopy(model)
     generator = make_generator(teacher, config)
-    shown = (uncached_batch(teacher, generator.sample(_SHOWN)) for _ in range(SEQUENCES // _SHOWN))
-    prepare_for(model, config.scheme(model), config.ranges_for(model), shown)
-    calibrate_on_load(model, config)
+    scheme, smoothed = config.scheme(model), config.smoothing_for(model)
+    count = SMOOTHED if smoothed else SEQUENCES
+    shown = (uncached_batch(teacher, generator.sample(_SHOWN)) for _ in range(count // _SHOWN))
+    energies = look_at_inputs(teacher, scheme, config, shown, count)
+    if smoothed:
+        model.load_state_dict(teacher.state_dict())
+    prepare(model, scheme, config.ranges_for(model), energies)
+    if config.activations == "static":
+        calibrate_on_load(model, config, calibration_batches(teacher, config)[0])
     settings = replace(config.settings(), autocast=autocast_dtype(config.autocast, model.device))
     generator.source, other = hold_out(generator.source)
     run = make_minimax(teacher, model, generator, settings)

@@ -96,6 +96,7 @@ def test_quantize_then_inspect(monkeypatch, capsys, bert, tmp_path):
         (["--modules-to-not-convert", "pooler"], "modules_to_not_convert", ["pooler"]),
         (["--outliers", "0.01"], "outliers", 0.01),
         (["--outliers", "0.01", "--outlier-scope", "row"], "outlier_scope", "row"),
+        (["--smoothing", "0.5"], "smoothing", 0.5),
     ],
 )
 def test_every_option_reaches_the_checkpoint(monkeypatch, bert, tmp_path, arguments, field, value):

@@ -61,6 +61,7 @@ RAISES = {
     "outliers all": ({"outliers": 1.0}, "outliers=1.0 is not a share"),
     "outliers percent": ({"outliers": 5}, "outliers=5 is not a share"),
     "outliers text": ({"outliers": "0.5"}, "outliers='0.5' is not a share"),
+    "smoothing": ({"smoothing": 1.5}, "smoothing=1.5 is no power of a channel's size; use a number from 0 to 1, or None"),
     "outlier scope": ({"outlier_scope": "model"}, r"outlier_scope='model' is not allowed; use one of \('matrix', 'row'\)"),
     "outliers nan": ({"outliers": float("nan")}, "outliers=nan is not a share"),
     "no samples": ({"calibration_samples": 0}, "calibration_samples=0 is not a count; use at least 1"),

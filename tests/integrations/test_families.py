@@ -23,7 +23,7 @@ from transformers.utils import logging as transformers_logging
 
 from optimum_zsaq import PreQuantConfig, pack, prepare
 from optimum_zsaq.integrations.forms import sampled_batches
-from optimum_zsaq.integrations.rounding import SEQUENCES, prepare_for
+from optimum_zsaq.integrations.rounding import SEQUENCES, SMOOTHED, look_at_inputs
 from optimum_zsaq.layers.common import INTEGERS, SCALES
 from optimum_zsaq.surgery import low_bit_layers
 
@@ -279,8 +279,9 @@ def test_prepare_and_pack_give_the_tensors_of_quantize_on_load(found, tmp_path, 
     if case.scheme == "static":
         pytest.skip("calibrated on load; see tests/algorithms/test_calibration.py")
     model, config = _float_model(case, tmp_path), case.config()
-    written = sampled_batches(model, SEQUENCES, config.seed)
-    prepare_for(model, config.scheme(model), config.ranges_for(model), written)
+    written = sampled_batches(model, SMOOTHED if config.smoothing_for(model) else SEQUENCES, config.seed)
+    energies = look_at_inputs(model, config.scheme(model), config, written)
+    prepare(model, config.scheme(model), config.ranges_for(model), energies)
     fake = logits(model)
     pack(model)
     assert torch.equal(logits(model), found.made[case.id]["outputs"])

