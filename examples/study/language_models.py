@@ -3,12 +3,13 @@
 Methods: "rounding" with each of the range methods, tables in 8 bits, inputs float unless a scheme names their bits; what a
 scheme does not say is as it comes. Measured: perplexity of the first 4,096
 tokens of WikiText-2's test text in windows of 512 (256 where the model has no more positions), KL to the float model and
-agreement with its likeliest token there, bits a weight of the Linear layers with scales and minima as they lie on the
+agreement with its likeliest token there, bits per weight of the Linear layers with scales and minima as they lie on the
 disk. What was tried was tried on the validation text. The data folder holds `wikitext-2/test.txt`, `models/wikitext-opt`
 and `models/smollm2`.
 """
 
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,16 @@ SCHEMES: dict[str, dict[str, Any]] = {
     "w3-symmetric": {"weight_bits": 3, "symmetric": True},
     "w2": {"weight_bits": 2},
     "w8": {"weight_bits": 8},
-    "w8a8": {"weight_bits": 8, "activation_bits": 8},
+    "w8a8": {"weight_bits": 8, "activation_bits": 8, "smoothing": 0.0},
+}
+_STATIC = {"activation_bits": 8, "activations": "static"}
+INPUTS: dict[str, dict[str, Any]] = {  # what 8-bit inputs cost, with the ranges of "energy" alone
+    "w8a8-smoothed": {"weight_bits": 8, "activation_bits": 8, "smoothing": 0.7},
+    "w8a8-static": {"weight_bits": 8, **_STATIC, "smoothing": 0.0},
+    "w8a8-static-smoothed": {"weight_bits": 8, **_STATIC, "smoothing": 0.7},
+    "w4a8-smoothed": {"weight_bits": 4, "activation_bits": 8, "smoothing": 0.7},
+    "w4a8-static": {"weight_bits": 4, **_STATIC, "smoothing": 0.0},
+    "w4a8-static-smoothed": {"weight_bits": 4, **_STATIC, "smoothing": 0.7},
 }
 TITLES = {"smollm2": "SmolLM2-135M-Instruct", "wikitext": "wikitext-opt, 8.5 M weights"}
 
@@ -37,7 +47,8 @@ TITLES = {"smollm2": "SmolLM2-135M-Instruct", "wikitext": "wikitext-opt, 8.5 M w
 def cells() -> list[Cell]:
     """The float models, then scheme by scheme."""
     found = [Cell("float", "float32", task) for task in MODELS]
-    return found + [Cell(f"rounding-{r}", scheme, task) for scheme in SCHEMES for task in MODELS for r in RANGES]
+    found += [Cell(f"rounding-{r}", scheme, task) for scheme in SCHEMES for task in MODELS for r in RANGES]
+    return found + [Cell("rounding-energy", scheme, task) for scheme in INPUTS for task in MODELS]
 
 
 def run_cell(cell: Cell, data: Path) -> dict[str, Any]:
@@ -55,7 +66,7 @@ def run_cell(cell: Cell, data: Path) -> dict[str, Any]:
     tokens = ev.encode_text(ev.load_tokenizer(data / folder), text, TOKENS)
     if cell.method == "float":
         return {**ev.measure_perplexity(reference, tokens, window).metrics, "tokens": TOKENS}
-    fields = {"activation_bits": None, **SCHEMES[cell.scheme]}
+    fields = {"activation_bits": None, **{**SCHEMES, **INPUTS}[cell.scheme]}
     config = PreQuantConfig(**fields, ranges=cell.method.removeprefix("rounding-"), seed=cell.seed)
     start = time.process_time()
     model = AutoModelForCausalLM.from_pretrained(data / folder, dtype=torch.float32, quantization_config=config).eval()
@@ -84,17 +95,20 @@ def _bits_a_weight(model: Any) -> float:
 
 def tables(rows: dict[str, dict[str, Any]]) -> dict[str, str]:
     """The tables of docs/methods/language_models.md, by name."""
-    return {**{task: _table(rows, task) for task in MODELS}, "circumstances": circumstances(rows)}
+    schemes = ["w8a8", *[s for s in INPUTS if s.startswith("w8")], "w4a8", *[s for s in INPUTS if s.startswith("w4")]]
+    found = {task: _table(rows, task, SCHEMES, RANGES) for task in MODELS}
+    found |= {f"{task}-inputs": _table(rows, task, schemes, ("energy",)) for task in MODELS}
+    return {**found, "circumstances": circumstances(rows)}
 
 
-def _table(rows: dict[str, dict[str, Any]], task: str) -> str:
+def _table(rows: dict[str, dict[str, Any]], task: str, schemes: Iterable[str], methods: Iterable[str]) -> str:
     header = ["scheme", "ranges", "bits a weight", "perplexity", "of the float model's", "KL", "equal tokens, %", "CPU s"]
     float_row = rows.get(f"{task}/float/float32/0")
     lines = []
     if float_row:
         lines.append([f"float, {TITLES[task]}", "", "32", f"{float_row['perplexity']:.2f}", "1.000", "", "", ""])
-    for scheme in SCHEMES:
-        for ranges in RANGES:
+    for scheme in schemes:
+        for ranges in methods:
             row = rows.get(f"{task}/rounding-{ranges}/{scheme}/0")
             if row and float_row:
                 ratio = row["perplexity"] / float_row["perplexity"]

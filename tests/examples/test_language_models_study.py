@@ -19,7 +19,7 @@ def study(monkeypatch):
 
 def test_every_cell_is_there_once(study):
     cells = [cell.id for cell in study.cells()]
-    assert len(cells) == len(set(cells)) == 2 + 2 * 10 * 3
+    assert len(cells) == len(set(cells)) == 2 + 2 * 10 * 3 + 2 * 6
 
 
 def test_a_cell_measures_the_model_that_it_names(study, tmp_path, monkeypatch):
@@ -40,7 +40,7 @@ def test_a_cell_measures_the_model_that_it_names(study, tmp_path, monkeypatch):
 def test_tables(study):
     row = {"perplexity": 22.0, "kl": 0.1, "agreement": 0.8, "bits": 4.5, "cpu_seconds": 60.0}
     rows = {"smollm2/float/float32/0": {"perplexity": 20.0}, "smollm2/rounding-energy/w4/0": row}
-    lines = study._table(rows, "smollm2").splitlines()
+    lines = study._table(rows, "smollm2", study.SCHEMES, study.RANGES).splitlines()
     assert lines[-1] == "| w4 | energy | 4.50 | 22.00 | 1.100 | 0.1000 | 80.0 | 60 |"
     assert len(lines) == 4
 
