@@ -7,7 +7,7 @@ measured in docs/methods/zsaq_forms.md.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,7 +27,8 @@ _FLATTER = 0.5  # power that flattens a prior for a probe
 _SPREAD = 2.0  # standard errors by which a probe must be worse to count as worse,
 _LEAST = 0.1  # and this share of rounding's distance on inputs as training has them
 UNWRITTEN = 0.75  # share of rounding's distance that must be undercut where nobody wrote the inputs,
-_HALF = 0.5  # and of the distance of its hidden states
+_HALF = 0.5  # and of the distance of its hidden states,
+_ANYWHERE = 0.75  # and of that on each probe alone
 _HELD_OUT = 16  # one sequence in so many of a written pool is kept for probes
 
 
@@ -141,7 +142,8 @@ class Guard:
         keeps (`bool`): whether a copy of the best state is made; without, `restore` is not to be called.
         below (`float`): a state takes rounding's place if its distance is below this share of rounding's; of those that do,
             the nearest on all probes is kept. Inputs that nobody wrote are unlike text, and a small gain on them is none
-            on text: with `UNWRITTEN`, or any share below 1, the hidden states' distance must fall by half too.
+            on text: with `UNWRITTEN`, or any share below 1, the hidden states' distance must fall by half too, and by a
+            quarter on each probe alone, which it does not where a source writes one thing only.
     """
 
     def __init__(self, run: Minimax, probes: list[Probe], keeps: bool = True, below: float = 1.0):
@@ -159,7 +161,7 @@ class Guard:
             return found
         self.worse[stage] = [name for name in found if self._is_worse(name, found[name])]
         allowed = not self.worse[stage] and self.distance(stage) < self.below
-        allowed = allowed and (self.below == 1.0 or self.discrepancy(stage) < _HALF)
+        allowed = allowed and (self.below == 1.0 or self._hidden_states_follow(stage))
         if self.keeps and allowed and self.distance(stage, unlike=True) < self.distance(self.chosen, unlike=True):
             self._best = (stage, [p.detach().clone() for p in self.run.trained])
         return found
@@ -178,10 +180,14 @@ class Guard:
         sums = [sum(self.measured[s][name].deciding.mean().item() for name in like) for s in (stage, ROUNDED)]
         return _ratio(*sums)
 
-    def discrepancy(self, stage: str) -> float:
-        """As `distance`, of the hidden states."""
-        like = [probe.name for probe in self.probes if not probe.unlike]
-        return _ratio(*(sum(self.measured[s][name].discrepancy.mean().item() for name in like) for s in (stage, ROUNDED)))
+    def discrepancy(self, stage: str, probes: Sequence[str] | None = None) -> float:
+        """As `distance`, of the hidden states; on some probes, by name, or as training has them."""
+        names = probes or [probe.name for probe in self.probes if not probe.unlike]
+        return _ratio(*(sum(self.measured[s][name].discrepancy.mean().item() for name in names) for s in (stage, ROUNDED)))
+
+    def _hidden_states_follow(self, stage: str) -> bool:
+        each = (self.discrepancy(stage, [probe.name]) for probe in self.probes)
+        return self.discrepancy(stage) < _HALF and max(each) < _ANYWHERE
 
     @torch.no_grad()
     def restore(self) -> str:

@@ -151,12 +151,30 @@ class TestTheGuard:
         share = guard.distance("trained")
         assert guard.chosen == "trained"
         hidden = guard.discrepancy("trained")
+        monkeypatch.setattr("optimum_zsaq.algorithms.probes._ANYWHERE", 1.0)
         cases = [(share * 0.99, 1.0, ROUNDED), (share * 1.01, hidden * 1.01, "trained"), (1.0, hidden * 0.99, "trained")]
         for below, half, chosen in (*cases, (share * 1.01, hidden * 0.99, ROUNDED)):
             monkeypatch.setattr("optimum_zsaq.algorithms.probes._HALF", half)
             other = Guard(run, guard.probes, below=below)
             other.measured[ROUNDED] = guard.measured[ROUNDED]
             other._found = gained
+            other.measure("trained")
+            assert other.chosen == chosen
+
+    def test_asks_it_of_the_hidden_states_on_each_probe_alone(self, monkeypatch):
+        """What a source that writes one thing only wins is won on that thing."""
+        run, guard = watched()
+        advance(run, 20)
+        found = guard.measure("trained")
+        monkeypatch.setattr("optimum_zsaq.algorithms.probes._HALF", 1.0)
+        widest = max(guard.discrepancy("trained", [probe.name]) for probe in guard.probes)
+        assert guard.distance("trained") < 0.99 > widest > guard.discrepancy("trained")
+        cases = [(0.99, 1.01 * widest, "trained"), (0.99, 0.99 * widest, ROUNDED), (1.0, 0.99 * widest, "trained")]
+        for below, anywhere, chosen in cases:
+            monkeypatch.setattr("optimum_zsaq.algorithms.probes._ANYWHERE", anywhere)
+            other = Guard(run, guard.probes, below=below)
+            other.measured[ROUNDED] = guard.measured[ROUNDED]
+            other._found = lambda probe: found[probe.name]
             other.measure("trained")
             assert other.chosen == chosen
 
