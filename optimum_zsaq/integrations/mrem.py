@@ -17,7 +17,7 @@ _SETTINGS = {
     "learning_rate": None,
     "scale_learning_rate": None,
     "targets": "all",
-    "output_weight": 1.0,
+    "output_weight": None,
     "start": "auto",
     "queue": 8,
     "forcing": 0.5,
@@ -34,10 +34,17 @@ _OWN = {
     "offload": False,
     "timeout": 600.0,
 }
-# What None stands for; a decoder is trained on long sequences without padding: our choice, docs/methods/language_models.md
-_SIZES = {
-    False: {"batch_size": 32, "sequence_length": 128, "start_samples": 256},
-    True: {"batch_size": 8, "sequence_length": 256, "start_samples": 64},
+# What None stands for. Decoders: long sequences without padding, and gently; ours, docs/methods/language_models.md
+_DEFAULTS = {
+    False: {"batch_size": 32, "sequence_length": 128, "start_samples": 256, "output_weight": 1.0},
+    True: {
+        "batch_size": 8,
+        "sequence_length": 256,
+        "start_samples": 64,
+        "output_weight": 0.0,  # logits at every position take many times the memory of a state
+        "learning_rate": 3e-5,
+        "scale_learning_rate": 3e-5,
+    },
 }
 _RATES = {False: 3e-4, True: 1e-4}  # by whether weights have 4 bits or more
 _NOT_STORED = ("state", "cache_limit", "offload", "timeout")
@@ -62,8 +69,9 @@ class MREMConfig(LowBitConfig):
         parallel (`bool`): False: one stage after the other, each on the outputs of the quantized stages before it (MREM-S).
             True: all stages at once, fed by queues (MREM-P); under torchrun each process trains one or more of them.
         learning_rate, scale_learning_rate (`float`, *optional*): of the weights, and of the step sizes of weights and
-            static inputs; None: 3e-4 below 4 bits, where more is to be won, else 1e-4.
-        targets (`str`), output_weight (`float`): which outputs are learned, see `ReconstructionSettings`.
+            static inputs; None: 3e-4 below 4 bits, where more is to be won, else 1e-4; of decoders 3e-5.
+        targets (`str`), output_weight (`float`, *optional*): which outputs are learned, see `ReconstructionSettings`; None:
+            a weight of 1, of decoders 0.
         start (`str`): "compensated": the codes from which a stage's training starts make up for each other's errors;
             "rounding": each weight is rounded on its own; "auto": "rounding" for ternary weights and for 2 bits with one
             scale a matrix, where it is better, else "compensated".
@@ -152,10 +160,10 @@ class MREMConfig(LowBitConfig):
         """It trains the model, whatever its inputs are."""
 
     def sized(self, decoder: bool) -> "MREMConfig":
-        """A copy whose counts are all set, for a decoder or another model."""
+        """A copy whose values are set where they depend on the model: a decoder or another one."""
         found = copy.copy(self)
         generated = isinstance(self.calibration_data, str) and self.calibration_data == ZERO_SHOT
-        for name, value in _SIZES[decoder].items():
+        for name, value in _DEFAULTS[decoder].items():
             if getattr(self, name) is None and not (generated and name == "sequence_length"):  # as ZSAQ has it
                 setattr(found, name, value)
         return found
@@ -165,6 +173,7 @@ class MREMConfig(LowBitConfig):
         sizes = self.sized(False)
         batches = -(-sizes.start_samples // sizes.batch_size)
         own = {**{name: getattr(self, name) for name in _SETTINGS}, "start": self._start()}
+        own["output_weight"] = sizes.output_weight
         for name in ("learning_rate", "scale_learning_rate"):
             own[name] = _RATES[self.weight_bits >= 4] if own[name] is None else own[name]
         cache = None if self.cache_limit is None else int(self.cache_limit * 2**30)

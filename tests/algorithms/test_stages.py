@@ -83,6 +83,20 @@ class TestEveryFamily:
             assert torch.equal(found[own], output[own])
         assert "logits" in found or name in ("bert", "llama")
 
+    def test_without_outputs_the_pass_ends_after_the_last_block(self, name):
+        model = prepared(name)
+        batch = padded_batch(model)
+        expected, _ = whole_pass(model, batch)
+        memory, ran = {}, []
+        model.register_forward_hook(lambda *_: ran.append(True))
+        for stage in cut(model, batch, 2, outputs=False):
+            ran.clear()  # `cut` runs the model
+            with torch.no_grad():
+                states, memory = run_stage(model, stage, batch, memory)
+            assert set(states) == set(stage.blocks)
+            assert all(torch.equal(state, expected[block]) for block, state in states.items())
+            assert not ran
+
     def test_every_tensor_has_one_stage(self, name):
         model = prepared(name)
         stages = cut(model, padded_batch(model), 2)
