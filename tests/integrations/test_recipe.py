@@ -20,6 +20,7 @@ def test_recipe_is_saved_and_survives(tmp_path):
     expected = {
         "base_model": "float",
         "ranges": "lsq",
+        "smoothing": 0.0,
         "calibration": {"kind": "sampled token sequences", "count": 3, "seed": 4},
         "versions": {
             "optimum_zsaq": optimum_zsaq.__version__,
