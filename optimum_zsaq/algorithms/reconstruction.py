@@ -45,7 +45,7 @@ class ReconstructionSettings:
         scale_learning_rate (`float`): of the step sizes of weights and static inputs.
         targets (`str`): "all": the state after each block of the stage is learned; "last": that after its last block.
         output_weight (`float`): of the error of the model's own outputs (logits, or pooler and last state), which the
-            last stage learns too; 0: only block outputs are learned, and a head or pooler is left as it was rounded.
+            last stage learns too; 0: only block outputs are learned, and a head or pooler stays as its start made it.
         max_norm (`float`): gradients are clipped to this 2-norm.
         autocast (`torch.dtype`, *optional*): of the matmuls, such as bfloat16; weights and optimizer stay float32.
         start (`str`): "compensated": before a stage is trained, its codes are made to make up for each other's errors

@@ -223,7 +223,7 @@ def smooth(model: nn.Module, links: Iterable[Link], energies: Mapping[str, Tenso
     """Move the size of input channels into the weights, in place.
 
     Args:
-        model (`nn.Module`): float; what it computes stays the same.
+        model (`nn.Module`): float; what it computes stays the same, up to one rounding of its dtype for each weight.
         links (`Iterable[Link]`): see `find_links`.
         energies (`Mapping[str, Tensor]`): layer -> the mean square of each input channel; those of the first layer of a
             link count, and a link without any is left as it is.
