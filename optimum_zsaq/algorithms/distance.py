@@ -74,8 +74,10 @@ def sequence_discrepancies(
 def _output_errors(teacher: Any, student: Any, batch: Batch, settings: DistanceSettings) -> tuple[Tensor, Tensor | None]:
     """D of each sequence or position, and which positions count."""
     mask = batch.get("decoder_attention_mask" if "decoder_input_ids" in batch else "attention_mask")
-    error = _output_discrepancy(teacher.logits.float(), student.logits.float(), settings.output)
-    return error, mask if error.dim() > 1 else None
+    if teacher.logits.dim() < 3:
+        return _output_discrepancy(teacher.logits, student.logits, settings.output), None
+    pairs = zip(teacher.logits, student.logits, strict=True)  # a vocabulary is large: one sequence at a time
+    return torch.stack([_output_discrepancy(*pair, settings.output) for pair in pairs]), mask
 
 
 def _hidden_errors(teacher: Any, student: Any, batch: Batch) -> list[tuple[Tensor, Tensor | None]]:
@@ -99,7 +101,8 @@ def _row_means(error: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def _output_discrepancy(teacher: Tensor, student: Tensor, kind: str) -> Tensor:
-    """Shapes: (B, C) -> (B,); (B, L, C) -> (B, L)."""
+    """Shapes: (N, C) -> (N,) float32."""
+    teacher, student = teacher.float(), student.float()
     if kind == "mse":
         return (student - teacher).square().mean(dim=-1)
     log_t, log_s = teacher.log_softmax(dim=-1), student.log_softmax(dim=-1)

@@ -126,6 +126,7 @@ class Minimax:
         settings (`MinimaxSettings`): how.
         embed (`Callable`): (model, ids) -> embeddings, as the model's own input table gives them.
         complete (`Callable`): adds to a batch what the models need beside input ids.
+        options (`dict`, *optional*): what else the models are called with while the student trains.
 
     Raises:
         ValueError: the student has no fake-quantized layer, or shares weights with the teacher.
@@ -139,6 +140,7 @@ class Minimax:
         settings: MinimaxSettings,
         embed: Callable[[nn.Module, Tensor], Tensor],
         complete: Callable[[Batch], Batch] = lambda batch: batch,
+        options: dict[str, Any] | None = None,
     ):
         layers = [m for _, m in low_bit_layers(student) if m.owner is m and type(m) is kind_of(m).fake]
         if not layers:
@@ -147,7 +149,7 @@ class Minimax:
             raise ValueError("teacher and student share weights; make the student from copy.deepcopy(teacher)")
         self.teacher, self.student = teacher.eval().requires_grad_(False), student.eval()
         self.generator, self.settings = generator, settings
-        self.embed, self.complete = embed, complete
+        self.embed, self.complete, self.options = embed, complete, options or {}
         self.execution = Execution(student)
         self.scales = [p for m in layers for p in (m.weight_scale, m.input_scale) if p is not None]
         self.weights = _unfreeze(student, layers, self.scales)
@@ -262,7 +264,7 @@ class Minimax:
         dtype = self.settings.autocast
         context = torch.autocast(self.weights[0].device.type, dtype) if dtype else nullcontext()
         with context:
-            return model(**batch, output_hidden_states=True)
+            return model(**batch, **self.options, output_hidden_states=True)
 
     def _checked(self, loss: Tensor) -> float:
         """The mean loss of all processes."""

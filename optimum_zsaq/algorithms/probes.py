@@ -6,7 +6,9 @@ way, keeps the best state that is not worse than rounding on any of them, and pu
 measured in docs/methods/zsaq_forms.md.
 """
 
+import logging
 import math
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,6 +21,8 @@ from .forms import Batch, InputMixture, SequenceForm
 from .generators import Generator, PriorSource, Source, WrittenSource
 from .minimax import Minimax
 
+
+logger = logging.getLogger(__name__)
 
 ROUNDED = "rounded"
 _LENGTHS = (8, 20, 50)  # tokens of a probe's sequences
@@ -150,11 +154,13 @@ class Guard:
         self.run, self.probes, self.keeps, self.below = run, probes, keeps, below
         self.measured: dict[str, dict[str, Found]] = {}
         self.worse: dict[str, list[str]] = {}
-        self._best: tuple[str, list[Tensor] | None] = (ROUNDED, None)
+        self._best, self._kept = ROUNDED, _Kept()
         self._scales = [p.detach().clone() for p in run.scales]
 
     def measure(self, stage: str) -> dict[str, Found]:
         """Measure the student as it is, and keep it if it is the best so far."""
+        for p in self.run.trained:
+            p.grad = None
         found = {probe.name: self._found(probe) for probe in self.probes}
         self.measured[stage] = found
         if stage == ROUNDED:
@@ -163,13 +169,14 @@ class Guard:
         allowed = not self.worse[stage] and self.distance(stage) < self.below
         allowed = allowed and (self.below == 1.0 or self._hidden_states_follow(stage))
         if self.keeps and allowed and self.distance(stage, unlike=True) < self.distance(self.chosen, unlike=True):
-            self._best = (stage, [p.detach().clone() for p in self.run.trained])
+            self._best = stage
+            self._kept.write(self.run.trained)
         return found
 
     @property
     def chosen(self) -> str:
         """The best state so far."""
-        return self._best[0]
+        return self._best
 
     def distance(self, stage: str, unlike: bool = False) -> float:
         """How far a state is from the teacher on inputs as training has them, over how far rounding is.
@@ -192,14 +199,14 @@ class Guard:
     @torch.no_grad()
     def restore(self) -> str:
         """Give the student the best state's weights and step sizes, in place; gives the state's name."""
-        stage, kept = self._best
-        if kept is None:
+        kept = self._kept.read(self.run.trained)
+        if self._best == ROUNDED:
             named = dict(self.run.teacher.named_parameters())
             floats = {id(p): named.get(name) for name, p in self.run.student.named_parameters()}
             kept = [*(floats[id(p)] for p in self.run.weights), *self._scales]
         for p, value in zip(self.run.trained, kept, strict=True):
             p.copy_(value)
-        return stage
+        return self._best
 
     @torch.no_grad()
     def _found(self, probe: Probe) -> Found:
@@ -222,12 +229,49 @@ class Guard:
     def state_dict(self) -> dict[str, Any]:
         """What was measured and kept."""
         figures = {s: {name: list(vars(f).values()) for name, f in found.items()} for s, found in self.measured.items()}
-        return {"measured": figures, "worse": self.worse, "best": self._best, "scales": self._scales}
+        kept = None if self._best == ROUNDED else list(self._kept.read(self.run.trained))
+        return {"measured": figures, "worse": self.worse, "best": (self._best, kept), "scales": self._scales}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from what `state_dict` gave."""
         self.measured = {s: {name: Found(*f) for name, f in found.items()} for s, found in state["measured"].items()}
-        self.worse, self._best, self._scales = state["worse"], tuple(state["best"]), state["scales"]
+        self.worse, self._scales = state["worse"], state["scales"]
+        self._best, kept = state["best"]
+        if kept is not None:
+            self._kept.write(kept)
+
+
+class _Kept:
+    """The float32 tensors of a state, in a temporary file: in memory they are as much again as the student.
+
+    They are in memory where the disk is full.
+    """
+
+    def __init__(self):
+        self._file = tempfile.TemporaryFile()
+        self._copies: list[Tensor] = []
+
+    def write(self, tensors: list[Tensor]) -> None:
+        try:
+            self._file.seek(0)
+            for tensor in tensors:
+                self._file.write(tensor.detach().cpu().contiguous().numpy())
+            self._file.flush()
+            self._copies = []
+        except OSError as error:
+            logger.warning("No room for a temporary file (%s): the best state is kept in memory", error)
+            self._copies = [tensor.detach().clone() for tensor in tensors]
+
+    def read(self, like: list[Tensor]) -> Iterator[Tensor]:
+        """One after the other, in the shapes and on the devices of others."""
+        if self._copies:
+            yield from self._copies
+            return
+        self._file.seek(0)
+        for tensor in like:
+            values = bytearray(tensor.numel() * tensor.element_size())
+            self._file.readinto(values)
+            yield torch.frombuffer(values, dtype=tensor.dtype).view(tensor.shape).to(tensor.device)
 
 
 def _ratio(value: float, reference: float) -> float:

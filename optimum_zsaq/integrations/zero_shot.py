@@ -1,15 +1,19 @@
 """Zero-shot training of transformers' models (ZSAQ): the parts that `from_pretrained` and `ZSAQTrainer` put together."""
 
 import copy
+import inspect
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils.logging import tqdm
 
 from ..algorithms.compensation import CompensationSettings, compensate
@@ -85,7 +89,9 @@ def make_minimax(
 ) -> Minimax:
     """The training of a transformers' model: D of its kind of output, its own embeddings, its decoder's inputs."""
     settings = replace(settings, output="mse" if is_regression(student) else "kl")
-    return Minimax(teacher, student, generator, settings, _embed, lambda batch: uncached_batch(student, batch))
+    fewer = not settings.output_weight and "logits_to_keep" in inspect.signature(type(student).forward).parameters
+    options = {"logits_to_keep": 1} if fewer else {}  # those of a large vocabulary cost more than a block
+    return Minimax(teacher, student, generator, settings, _embed, lambda batch: uncached_batch(student, batch), options)
 
 
 def autocast_dtype(name: str, device: torch.device) -> torch.dtype | None:
@@ -156,15 +162,31 @@ def _train(run: Minimax, guard: Guard, config: ZSAQConfig, state: TrainingState)
             bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
             if run.done in checks:
                 guard.measure(f"step {run.done}")
-            if run.done % _SAVED_EVERY == 0 and run.done < config.steps:
+            if config.state is not None and run.done % _SAVED_EVERY == 0 and run.done < config.steps:
                 state.save(guard.state_dict())
     guard.measure(TRAINED)
     return ""
 
 
+def keep_block_inputs(model: PreTrainedModel) -> None:
+    """Keep of each block its input alone for the backward pass, which runs the block again: less memory, more time.
+
+    `finish_training` ends it.
+    """
+    for block in _blocks(model):
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+
+
+def _blocks(model: PreTrainedModel) -> Iterator[nn.Module]:
+    """What transformers says may run twice."""
+    return (m for m in model.modules() if isinstance(m, GradientCheckpointingLayer))
+
+
 def finish_training(model: PreTrainedModel, packed: bool, dtypes: dict[str, torch.dtype]) -> None:
     """Pack a trained student if its config says so, and give what stays float its dtype back, by name, in place."""
     model.zero_grad(set_to_none=True)
+    for block in _blocks(model):
+        block.__dict__.pop("forward", None)
     if packed:
         pack(model)
     for name, p in model.named_parameters():
@@ -191,6 +213,8 @@ def start_run(model: PreTrainedModel, config: ZSAQConfig) -> tuple[Minimax, Guar
     settings = replace(config.settings(), autocast=autocast_dtype(config.autocast, model.device))
     generator.source, other = hold_out(generator.source)
     run = make_minimax(teacher, model, generator, settings)
+    if model.can_generate():
+        keep_block_inputs(model)
     below = UNWRITTEN if isinstance(other, PriorSource) else 1.0
     return run, Guard(run, make_probes(generator, other, config.seed + _PROBE_SEED), config.guard, below)
 

@@ -137,12 +137,19 @@ def fake_quantize(x: Tensor, scale: Tensor, shift: Tensor | None, spec: QuantSpe
     The gradient of x is 1 inside the range and 0 outside (ternary: 1 everywhere); that of the scale is
     round(x / s) - x / s inside the range and the bound outside it (LSQ, https://huggingface.co/papers/1902.08153, eq. 3).
     """
-    x, scale, shift = _operands(x, scale, shift, spec)
     if spec.ternary:
+        x, scale, _ = _operands(x, scale, shift, spec)
         return replace_value(x / scale, ternary_levels(x.detach(), spec)) * scale
-    if spec.minimum:
-        return round_scaled(x - shift, scale, *_bounds(shift, spec)) + shift
-    return round_scaled(x, scale, *_bounds(shift, spec))
+    if spec.granularity == "group" and x.shape[-1] % spec.group_size == 0:  # a value a group is broadcast, not repeated
+        dtype, shape = compute_dtype(x), x.shape
+        x = x.to(dtype).unflatten(-1, (-1, spec.group_size))
+        scale, shift = (t if t is None else t.to(dtype).unsqueeze(-1) for t in (scale, shift))
+        return _round(x, scale, shift, spec).view(shape)
+    return _round(*_operands(x, scale, shift, spec), spec)
+
+
+def _round(x: Tensor, scale: Tensor, shift: Tensor | None, spec: QuantSpec) -> Tensor:
+    return round_scaled(x, scale, *_bounds(shift, spec), shift if spec.minimum else None)
 
 
 def clipped(x: Tensor, scale: Tensor, shift: Tensor | None, spec: QuantSpec) -> Tensor:

@@ -36,23 +36,31 @@ def replace_value(x: Tensor, value: Tensor) -> Tensor:
 
 
 class _RoundScaled(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, low: Tensor | float, high: Tensor | float) -> Tensor:
-        ratio = x / scale
-        ctx.bounds = low, high
-        ctx.save_for_backward(ratio, scale)
-        return ratio.clamp(low, high).round_().mul_(scale)
+    """Keeps its operands alone, which a layer has anyway, and divides anew for the gradients."""
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        ratio, scale = ctx.saved_tensors
-        of_x = of_scale = None
+    def forward(
+        ctx: Any, x: Tensor, scale: Tensor, low: Tensor | float, high: Tensor | float, minimum: Tensor | None
+    ) -> Tensor:
+        ctx.bounds = low, high
+        ctx.save_for_backward(x, scale, minimum)
+        found = _ratio(x, scale, minimum).clamp_(low, high).round_().mul_(scale)
+        return found if minimum is None else found.add_(minimum)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+        x, scale, minimum = ctx.saved_tensors
+        ratio = _ratio(x, scale, minimum)
+        of_x = _inside(gradient, ratio, *ctx.bounds) if ctx.needs_input_grad[0] else None
+        of_scale = None
         if ctx.needs_input_grad[1]:
             slope = ratio.clamp(*ctx.bounds).round_().sub_(_inside(ratio, ratio, *ctx.bounds))
             of_scale = slope.mul_(gradient).sum_to_size(scale.shape)
-        if ctx.needs_input_grad[0]:
-            of_x = _inside(gradient, ratio, *ctx.bounds)
-        return of_x, of_scale, None, None
+        return of_x, of_scale, None, None, None
+
+
+def _ratio(x: Tensor, scale: Tensor, minimum: Tensor | None) -> Tensor:
+    return x / scale if minimum is None else (x - minimum).div_(scale)
 
 
 def _inside(x: Tensor, ratio: Tensor, low: Tensor | float, high: Tensor | float) -> Tensor:
@@ -64,12 +72,15 @@ def _inside(x: Tensor, ratio: Tensor, low: Tensor | float, high: Tensor | float)
     return torch.ops.aten.hardtanh_backward(x, ratio, below, above)  # one pass; it takes its bounds for outside
 
 
-def round_scaled(x: Tensor, scale: Tensor, low: Tensor | float, high: Tensor | float) -> Tensor:
-    """round(clamp(x / scale, low, high)) * scale, differentiable in x and in the scale.
+def round_scaled(
+    x: Tensor, scale: Tensor, low: Tensor | float, high: Tensor | float, minimum: Tensor | None = None
+) -> Tensor:
+    """round(clamp((x - minimum) / scale, low, high)) * scale + minimum, differentiable in x and in the scale.
 
-    Shapes: x (...), scale broadcastable to x, bounds numbers or broadcastable to x -> (...), x's dtype.
+    Shapes: x (...), scale broadcastable to x, bounds numbers or broadcastable to x, minimum (0 for None) as scale -> (...),
+    x's dtype.
 
     The gradient of x is 1 inside the bounds and 0 outside; that of the scale is round(x / s) - x / s inside and the bound
-    outside (LSQ, https://huggingface.co/papers/1902.08153, eq. 3).
+    outside (LSQ, https://huggingface.co/papers/1902.08153, eq. 3); the minimum has none.
     """
-    return _RoundScaled.apply(x, scale, low, high)
+    return _RoundScaled.apply(x, scale, low, high, minimum)

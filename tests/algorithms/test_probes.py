@@ -1,4 +1,6 @@
 import copy
+import errno
+from unittest.mock import Mock
 
 import torch
 from algorithms.test_minimax import advance, training
@@ -121,7 +123,7 @@ class TestTheGuard:
         found = guard.measure("trained")
         name = "single text, repeated tokens"
         found[name].output.add_(1.0)
-        guard._best = (ROUNDED, None)
+        guard._best = ROUNDED
         other = Guard(run, guard.probes)
         other.measured[ROUNDED] = guard.measured[ROUNDED]
         other._found = lambda probe: found[probe.name]
@@ -141,6 +143,18 @@ class TestTheGuard:
         good = weights(run)
         spoil(run)
         other.restore()
+        assert equal(weights(run), good)
+
+    def test_keeps_its_state_in_memory_where_the_disk_is_full(self, monkeypatch, caplog):
+        run, guard = watched()
+        advance(run, 20)
+        full = OSError(errno.ENOSPC, "No space left on device")
+        monkeypatch.setattr(guard._kept._file, "write", Mock(side_effect=full), raising=False)
+        guard.measure("step 20")
+        assert "No space left on device" in caplog.text
+        good = weights(run)
+        spoil(run)
+        assert guard.restore() == "step 20"
         assert equal(weights(run), good)
 
     def test_asks_for_more_than_a_small_gain(self, monkeypatch):

@@ -1,5 +1,6 @@
 """Training while a model loads: what comes out, what is refused."""
 
+import inspect
 import re
 
 import pytest
@@ -11,7 +12,7 @@ from optimum_zsaq.algorithms.generators import PriorSource
 from optimum_zsaq.algorithms.minimax import Minimax
 from optimum_zsaq.integrations.closing import won_lines
 from optimum_zsaq.integrations.configs import ALGORITHMS
-from optimum_zsaq.integrations.zero_shot import make_generator
+from optimum_zsaq.integrations.zero_shot import finish_training, make_generator, sized, start_run
 from optimum_zsaq.layers import FakeQuantLinear, PackedLinear
 from optimum_zsaq.surgery import low_bit_layers
 
@@ -52,6 +53,39 @@ class TestEveryFamily:
         ]
         assert len(changed) > 2
         assert not torch.equal(logits(trained), logits(rounded))
+
+
+@pytest.mark.parametrize("name", ["gpt2-tied", "llama-tied", "bart-tied", "t5-tied"])
+class TestMemoryOfModelsThatWrite:
+    """Blocks keep their inputs alone, and logits that nothing counts are not computed: with the same gradients."""
+
+    @staticmethod
+    def gradients(name, keep, **settings):
+        model = make(name)
+        run, _ = start_run(model, sized(ZSAQConfig(**SHORT, **settings), model))
+        if not keep:
+            finish_training(model, packed=False, dtypes={})
+            run.options = {}
+        blocks = [m for m in model.modules() if "forward" in vars(m)]
+        assert bool(blocks) == keep
+        run.step()
+        return [p.grad for p in run.trained], run
+
+    def test_the_gradients_are_the_same(self, name):
+        (found, run), (expected, _) = self.gradients(name, True), self.gradients(name, False)
+        counted = [(one, other) for one, other in zip(found, expected, strict=True) if other is not None]
+        assert len(counted) > 10
+        assert all(torch.equal(one, other) for one, other in counted)
+        kept = "logits_to_keep" in inspect.signature(run.student.forward).parameters
+        assert run.options == ({"logits_to_keep": 1} if kept else {})
+
+    def test_logits_that_count_are_computed(self, name):
+        _, run = self.gradients(name, True, output_weight=1.0)
+        assert run.options == {}
+
+    def test_nothing_of_it_is_left(self, name, tmp_path):
+        model = load(name, tmp_path)
+        assert not any("forward" in vars(m) for m in model.modules())
 
 
 class TestTheResult:

@@ -66,3 +66,24 @@ def test_compiled_gradients_are_the_same():
     compiled = torch.compile(round_scaled, backend="aot_eager", fullgraph=True)
     found = [torch.autograd.grad(f(x, scale, -2.0, 1.0).square().sum(), (x, scale)) for f in (round_scaled, compiled)]
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+def test_nothing_is_kept_but_what_there_was():
+    """A layer's weight and scales are there anyway: a training that keeps more needs copies of all its weights."""
+    x = torch.randn(8, 4, 16, requires_grad=True)
+    scale, minimum = torch.full((8, 4, 1), 0.5, requires_grad=True), torch.randn(8, 4, 1)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.data_ptr()) or t, lambda t: t):
+        round_scaled(x, scale, 0.0, 15.0, minimum)
+    assert set(kept) == {x.data_ptr(), scale.data_ptr(), minimum.data_ptr()}
+
+
+def test_beside_a_minimum():
+    x = torch.tensor([-3.0, -2.0, -1.4, 0.9, 9.0], requires_grad=True)
+    scale, minimum = torch.full((1,), 0.5, requires_grad=True), torch.tensor([-2.0])
+    found = round_scaled(x, scale, 0.0, 7.0, minimum)
+    assert found.tolist() == [-2.0, -2.0, -1.5, 1.0, 1.5]
+    of_x, of_scale = torch.autograd.grad(found.sum(), (x, scale))
+    assert of_x.tolist() == [0, 1, 1, 1, 0]
+    terms = [0.0, 0.0, 1 - (-1.4 + 2) / 0.5, 6 - (0.9 + 2) / 0.5, 7.0]
+    torch.testing.assert_close(of_scale, torch.tensor([sum(terms)]))
