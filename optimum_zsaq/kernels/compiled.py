@@ -1,7 +1,7 @@
 """Packed layers in graphs that torch.compile and torch.export make: custom operators, opaque to the tracer.
 
-`zsaq::packed_linear` is any layer on any kernel. Where no gradient is asked for and the kernel is "int8", the input's
-quantization is left to the compiler, which fuses it with what is before.
+`zsaq::packed_linear` is any layer on any kernel. Where no gradient is asked for and "int8" serves with one scale a row, the
+input's quantization is left to the compiler, which fuses it with what is before.
 """
 
 from collections.abc import Callable
@@ -45,7 +45,7 @@ def compiled_linear(x: Tensor, packed: PackedTensors, bias: Tensor | None) -> Te
         and packed.outlier_positions is None
         and spec.weight.granularity != "group"
         and (spec.weight.symmetric or spec.weight.bits < 8)
-        and choose_kernel(x, packed).name == "int8"
+        and choose_kernel(x, packed).name in ("int8", "native")
     ):
         return _int8_linear(x, packed, bias)
     return torch.ops.zsaq.packed_linear(

@@ -330,7 +330,6 @@ def _multiplies_exactly(layout: type[_IntegerWeight] | None) -> bool:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            torch.sparse_csr_tensor([0, 1], [0], [1.0])
             inputs = IntegerInputs(codes.float() - 3, 1.0, 3)
             signed = inputs.codes.bitwise_xor(128).view(torch.int8)
             if layout is None:

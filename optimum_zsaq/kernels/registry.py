@@ -8,6 +8,7 @@ from .cuda_dequantize import CudaDequantize
 from .cuda_int8 import CudaInt8
 from .int4 import Int4
 from .int8 import Int8
+from .native import Native
 from .packed_tensors import PackedTensors
 from .reference import Reference
 
@@ -60,5 +61,5 @@ def choose_kernel(x: Tensor, packed: PackedTensors) -> Kernel:
     return kernel
 
 
-for _kernel in (Reference(), CudaDequantize(), CudaInt8(), Int8(), Int4()):
+for _kernel in (Reference(), CudaDequantize(), CudaInt8(), Int8(), Int4(), Native()):
     register_kernel(_kernel)

@@ -5,6 +5,9 @@ matrix itself shares the memory of the values, so that a write to them is seen. 
 as an embedding bag, whose kernel is faster: the columns of the inputs are its table, the rows of the matrix its bags.
 """
 
+import warnings
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
@@ -46,7 +49,16 @@ def _structure(positions: Tensor, rows: int, columns: int) -> tuple[Tensor, Tens
 
 
 def _csr(structure: tuple[Tensor, Tensor], values: Tensor, rows: int, columns: int) -> Tensor:
+    _warn_once_unseen()
     return torch.sparse_csr_tensor(*structure, values.detach(), (rows, columns), check_invariants=False)
+
+
+@lru_cache
+def _warn_once_unseen() -> None:
+    """PyTorch warns once a process that these tensors are new, which nobody asked for."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.sparse_csr_tensor([0, 1], [0], [1.0])
 
 
 def add_outliers(y: Tensor, x: Tensor, packed: PackedTensors) -> Tensor:

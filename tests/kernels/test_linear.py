@@ -82,7 +82,7 @@ def test_a_kernel_that_does_not_serve_raises():
     with pytest.raises(
         ValueError,
         match=r"kernel='int4' does not serve W4 group/32, A8 dynamic on float32 inputs on cpu with runtime='fast'; "
-        r"use one of \['int8', 'reference'\], or kernel=None for the fastest of them",
+        r"use one of \[(?:'native', )?'int8', 'reference'\], or kernel=None for the fastest of them",
     ):
         packed_linear(x, packed)
     with pytest.raises(ValueError, match=r"kernel='int8' .* on float64 inputs .*; use one of \['reference'\]"):

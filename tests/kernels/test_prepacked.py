@@ -28,12 +28,14 @@ SPECS = {
 
 
 def make(spec: LayerSpec = SPECS["row"], seed: int = 0, rows: int = 33, columns: int = 64):
-    """A packed layer; the second value is a batch for it."""
+    """A packed layer of the kernel that keeps most; the second value is a batch for it."""
     torch.manual_seed(seed)
     layer = nn.Linear(columns, rows)
     layer.weight = nn.Parameter(random_weight(rows, columns, 5 * seed))
     x = torch.randn(20, columns)
-    return fake_and_packed(layer, spec, x, "minmax")[1], x
+    packed = fake_and_packed(layer, spec, x, "minmax")[1]
+    packed.set_runtime("fast", "int8")
+    return packed, x
 
 
 def entry(layer) -> dict:
@@ -238,7 +240,7 @@ class TestLife:
         assert torch.equal(layer(x), expected)
 
     def test_is_a_byte_a_weight(self):
-        packed = packed_weight(256, 512, LayerSpec(QuantSpec(2), DYNAMIC))
+        packed = packed_weight(256, 512, LayerSpec(QuantSpec(2), DYNAMIC), kernel="int8")
         for rows, name in ((20, "onednn"), (1, "fbgemm")):
             packed_linear(torch.randn(rows, 512), packed)
             assert list(_ENTRIES[packed.codes][1]) == [name]

@@ -1,0 +1,96 @@
+// A layer: inputs are quantized, put in the kernel's order, and rows of the weight shared among threads.
+#include <algorithm>
+
+#include "layout.h"
+#include "threads.h"
+
+namespace zsaq {
+
+namespace {
+
+constexpr int64_t kRowsAtATime = 16;       // of the weight, between looking for more work
+constexpr int64_t kWorkForAThread = 1 << 18;  // products below which another thread costs more than it takes off
+
+struct Inputs {
+  std::vector<float> x;
+  std::vector<uint8_t> natural, codes;
+  std::vector<int32_t> sums;
+  std::vector<float> float_sums;
+  std::vector<Token> tokens;
+};
+
+const float* as_float(const void* x, int64_t start, int64_t count, int32_t type, std::vector<float>* room) {
+  if (type == ZSAQ_FLOAT32) return static_cast<const float*>(x) + start;
+  room->resize(count);
+  for (int64_t i = 0; i < count; ++i) (*room)[i] = load(x, start + i, type);
+  return room->data();
+}
+
+void prepare(const Weight& weight, const ZsaqInput& input, const Kernel& kernel, bool fast, const void* x, int64_t count,
+             int32_t type, Inputs* in) {
+  const ZsaqWeight& layer = *weight.layer;
+  const int64_t columns = layer.columns, padded = (columns + kStep - 1) / kStep * kStep;
+  const int64_t groups = (weight.groups + kLanes - 1) / kLanes * kLanes;
+  in->natural.assign(padded, 0);
+  in->codes.resize(count * padded);
+  in->sums.assign(count * groups, 0);
+  in->float_sums.assign(count * groups, 0.0f);
+  in->tokens.resize(count);
+  for (int64_t t = 0; t < count; ++t) {
+    Token& token = in->tokens[t];
+    uint8_t* codes = in->codes.data() + t * padded;
+    uint8_t* natural = kernel.order ? in->natural.data() : codes;
+    const float* values = as_float(x, t * columns, columns, type, &in->x);
+    (fast ? avx512_quantize : quantize_input)(input, columns, values, natural, &token);
+    std::memset(natural + columns, 0, padded - columns);
+    int32_t* sums = in->sums.data() + t * groups;
+    float* float_sums = in->float_sums.data() + t * groups;
+    for (int64_t g = 0; g < weight.groups; ++g) {
+      const int64_t start = g * layer.group, stop = std::min<int64_t>(start + layer.group, columns);
+      int32_t sum = 0;
+      for (int64_t i = start; i < stop; ++i) sum += natural[i];
+      sums[g] = sum - token.zero * static_cast<int32_t>(stop - start);
+      float_sums[g] = static_cast<float>(sums[g]);
+    }
+    if (kernel.order)
+      for (int64_t step = 0; step < padded; step += kStep)
+        for (int i = 0; i < kStep; ++i) codes[step + i] = natural[step + kernel.order[i]];
+    token.codes = codes;
+    token.sums = sums;
+    token.float_sums = float_sums;
+  }
+}
+
+}  // namespace
+
+}  // namespace zsaq
+
+ZSAQ_EXPORT int32_t zsaq_best_isa() { return zsaq::avx512_runs() ? ZSAQ_AVX512 : ZSAQ_PORTABLE; }
+
+ZSAQ_EXPORT int32_t zsaq_linear(const ZsaqWeight* layer, const ZsaqInput* input, const void* x, int64_t count,
+                                const void* bias, int32_t bias_type, void* y, int32_t type, int32_t threads, int32_t isa) {
+  using namespace zsaq;
+  const Weight weight(layer);
+  Kernel kernel = {portable_rows, nullptr};
+  if (isa == ZSAQ_AVX512 && !avx512_runs()) return -1;
+  const bool fast = isa != ZSAQ_PORTABLE && avx512_runs();
+  if (fast && !avx512_kernel(weight, &kernel)) kernel = {portable_rows, nullptr};
+  thread_local Inputs in;
+  prepare(weight, *input, kernel, fast, x, count, type, &in);
+  const Token* tokens = in.tokens.data();
+  const int64_t rows = layer->rows, pieces = (rows + kRowsAtATime - 1) / kRowsAtATime;
+  const int64_t work = rows * layer->columns * count;
+  threads = static_cast<int32_t>(std::max<int64_t>(1, std::min<int64_t>({threads, pieces, work / kWorkForAThread})));
+  share(threads, pieces, [&](int64_t piece) {
+    thread_local std::vector<float> sums;
+    const int64_t from = piece * kRowsAtATime, to = std::min(from + kRowsAtATime, rows);
+    sums.resize((to - from) * count);
+    kernel.rows(weight, tokens, count, from, to, sums.data());
+    for (int64_t row = from; row < to; ++row) {
+      const float plus = bias ? load(bias, row, bias_type) : 0.0f;
+      for (int64_t t = 0; t < count; ++t)
+        store(y, t * rows + row, type, std::fma(tokens[t].scale, sums[(row - from) * count + t], plus));
+    }
+  });
+  return 0;
+}

@@ -1,0 +1,94 @@
+// Plain C++: every scheme on every processor, and the order of roundings that the others are compared with.
+#include <algorithm>
+
+#include "layout.h"
+
+namespace zsaq {
+
+namespace {
+
+// Codes of one row less OFFSET, as signed bytes.
+void widen(const uint8_t* packed, int bits, int64_t columns, int8_t* out) {
+  const int mask = (1 << bits) - 1, offset = offset_of(bits);
+  uint32_t word = 0;
+  int held = 0;
+  for (int64_t i = 0; i < columns; ++i) {
+    if (held < bits) {
+      word |= static_cast<uint32_t>(*packed++) << held;
+      held += 8;
+    }
+    out[i] = static_cast<int8_t>(static_cast<int>(word & mask) - offset);
+    word >>= bits;
+    held -= bits;
+  }
+}
+
+int32_t dot(const uint8_t* q, int32_t zero, const int8_t* c, int64_t count) {
+  int32_t products = 0, sum = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    products += static_cast<int32_t>(q[i]) * c[i];
+    sum += c[i];
+  }
+  return products - zero * sum;
+}
+
+}  // namespace
+
+void portable_rows(const Weight& weight, const Token* tokens, int64_t count, int64_t from, int64_t to, float* sums) {
+  const ZsaqWeight& layer = *weight.layer;
+  std::vector<int8_t> codes(layer.columns);
+  for (int64_t row = from; row < to; ++row) {
+    widen(weight.codes(row), layer.bits, layer.columns, codes.data());
+    const int64_t first = weight.first(row);
+    for (int64_t t = 0; t < count; ++t) {
+      const Token& token = tokens[t];
+      float a[kLanes] = {};
+      for (int64_t g = 0; g < weight.groups; ++g) {
+        const int64_t start = g * layer.group, size = std::min<int64_t>(layer.group, layer.columns - start);
+        int32_t s = dot(token.codes + start, token.zero, codes.data() + start, size);
+        float& into = a[g % kLanes];
+        if (layer.shift_type == ZSAQ_SYMMETRIC) s -= weight.symmetric_zero * token.sums[g];
+        if (layer.shift_type == ZSAQ_ZERO_POINT)
+          s -= (static_cast<const uint8_t*>(layer.shift)[first + g] - offset_of(layer.bits)) * token.sums[g];
+        const float scale = load(layer.scale, first + g, layer.scale_type);
+        into = std::fma(scale, static_cast<float>(s), into);
+        if (layer.shift_type == ZSAQ_MINIMUM) {
+          // with codes less 128, value = scale * (c + 128) + minimum
+          const float minimum = load(layer.shift, first + g, layer.scale_type);
+          into = std::fma(layer.bits == 8 ? std::fma(128.0f, scale, minimum) : minimum, token.float_sums[g], into);
+        }
+      }
+      sums[(row - from) * count + t] = sum_by_halves(a);
+    }
+  }
+}
+
+void quantize_input(const ZsaqInput& input, int64_t columns, const float* x, uint8_t* codes, Token* token) {
+  const float highest = static_cast<float>(input.highest);
+  float low = 0.0f, high = 0.0f, scale = input.scale, zero = static_cast<float>(input.zero);
+  if (!input.is_static) {
+    bool finite = true;
+    for (int64_t i = 0; i < columns; ++i) {
+      low = x[i] < low ? x[i] : low;
+      high = x[i] > high ? x[i] : high;
+      finite = finite && std::isfinite(x[i]);
+    }
+    scale = (high - low) / highest;
+    if (!finite || !std::isfinite(scale)) {
+      token->scale = NAN;
+      token->zero = 0;
+      std::memset(codes, 0, columns);
+      return;
+    }
+    if (scale == 0.0f) scale = 1.0f;
+    zero = std::nearbyint(-low / scale);
+  }
+  for (int64_t i = 0; i < columns; ++i) {
+    const float code = std::nearbyint(x[i] / scale) + zero;
+    codes[i] = static_cast<uint8_t>(code > 0.0f ? (code < highest ? code : highest) : 0.0f);  // NaN becomes 0
+  }
+  token->scale = scale;
+  token->zero = static_cast<int32_t>(zero);
+}
+
+}  // namespace zsaq
