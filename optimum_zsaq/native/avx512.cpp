@@ -18,18 +18,46 @@ namespace {
 constexpr int kRegisters = 8;  // of 64 codes in a step
 constexpr int kTogether = 4;   // tokens that share a widened step
 
-struct Order {
-  uint16_t of2[kStep], of3[kStep], of4[kStep];
-  Order() {
-    for (int p = 0; p < kRegisters; ++p)
-      for (int j = 0; j < 64; ++j) {
-        of2[p * 64 + j] = static_cast<uint16_t>(p / 4 * 256 + 4 * j + p % 4);
-        of3[p * 64 + j] = static_cast<uint16_t>(p / 2 * 128 + 8 * (j / 4) + 4 * (p % 2) + j % 4);
-        of4[p * 64 + j] = static_cast<uint16_t>(p / 2 * 128 + 2 * j + p % 2);
-      }
+// Every second byte of two registers, from the first or the second on.
+ZSAQ_INLINE __m512i every_second(__m512i a, __m512i b, int from) {
+  const __m512i mask = _mm512_set1_epi16(0xff);
+  const __m512i low = from ? _mm512_srli_epi16(a, 8) : _mm512_and_si512(a, mask);
+  const __m512i high = from ? _mm512_srli_epi16(b, 8) : _mm512_and_si512(b, mask);
+  return _mm512_permutexvar_epi64(_mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7), _mm512_packus_epi16(low, high));
+}
+
+// Of codes of 4 bits: byte j of a register of packed codes holds columns 2 j and 2 j + 1.
+ZSAQ_TARGET void arrange4(const uint8_t* codes, int64_t padded, uint8_t* out) {
+  for (int64_t i = 0; i < padded; i += 128) {
+    const __m512i a = _mm512_loadu_si512(codes + i), b = _mm512_loadu_si512(codes + i + 64);
+    _mm512_storeu_si512(out + i, every_second(a, b, 0));
+    _mm512_storeu_si512(out + i + 64, every_second(a, b, 1));
   }
-};
-const Order kOrder;
+}
+
+// Of 3 bits: three bytes hold eight columns, the first four of which go into one register.
+ZSAQ_TARGET void arrange3(const uint8_t* codes, int64_t padded, uint8_t* out) {
+  const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  const __m512i odd = _mm512_setr_epi32(1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+  for (int64_t i = 0; i < padded; i += 128) {
+    const __m512i a = _mm512_loadu_si512(codes + i), b = _mm512_loadu_si512(codes + i + 64);
+    _mm512_storeu_si512(out + i, _mm512_permutex2var_epi32(a, even, b));
+    _mm512_storeu_si512(out + i + 64, _mm512_permutex2var_epi32(a, odd, b));
+  }
+}
+
+// Of 2 bits: byte j holds columns 4 j to 4 j + 3.
+ZSAQ_TARGET void arrange2(const uint8_t* codes, int64_t padded, uint8_t* out) {
+  for (int64_t i = 0; i < padded; i += 256) {
+    __m512i v[4];
+    for (int k = 0; k < 4; ++k) v[k] = _mm512_loadu_si512(codes + i + 64 * k);
+    for (int from = 0; from < 2; ++from) {
+      const __m512i a = every_second(v[0], v[1], from), b = every_second(v[2], v[3], from);
+      _mm512_storeu_si512(out + i + 64 * from, every_second(a, b, 0));
+      _mm512_storeu_si512(out + i + 64 * (2 + from), every_second(a, b, 1));
+    }
+  }
+}
 
 // `BYTES` packed codes from `p` on. Not FULL: of which `left` belong to the row; what is beyond reads as zero.
 template <bool FULL, int BYTES>
@@ -214,7 +242,7 @@ struct Row {
     }
   }
 
-  ZSAQ_INLINE void run(float* sums) {
+  ZSAQ_INLINE void run(float* sums, int64_t width) {
     for (int t = 0; t < COUNT; ++t) {
       a[t] = _mm512_setzero_ps();
       for (auto& h : held[t]) h = _mm512_setzero_si512();
@@ -227,36 +255,270 @@ struct Row {
         const __m512i s = _mm512_maskz_set1_epi32(1, _mm512_reduce_add_epi32(held[t][0]));
         a[t] = add_groups(weight, tokens[t], first, 0, s, a[t]);
       }
-      sums[t] = sum_lanes(a[t]);
+      sums[t * width] = sum_lanes(a[t]);
     }
   }
 };
 
 template <int BITS, int LEVELS, int COUNT>
-ZSAQ_INLINE void one_row(const Weight& weight, const Token* tokens, int64_t row, float* sums) {
+ZSAQ_INLINE void one_row(const Weight& weight, const Token* tokens, int64_t row, float* sums, int64_t width) {
   const int64_t steps = (weight.layer->columns + kStep - 1) / kStep;
   Row<BITS, LEVELS, COUNT> one{weight, tokens, weight.codes(row), weight.first(row), steps, {}, {}};
-  one.run(sums);
+  one.run(sums, width);
 }
 
 template <int BITS, int LEVELS>
-ZSAQ_TARGET void rows(const Weight& weight, const Token* tokens, int64_t count, int64_t from, int64_t to, float* sums) {
-  for (int64_t row = from; row < to; ++row, sums += count) {
+ZSAQ_TARGET void few_tokens(const Weight& weight, const Token* tokens, int64_t count, int64_t from, int64_t to, float* sums) {
+  const int64_t width = to - from;
+  for (int64_t row = from; row < to; ++row, ++sums) {
     int64_t t = 0;
-    for (; t + kTogether <= count; t += kTogether) one_row<BITS, LEVELS, kTogether>(weight, tokens + t, row, sums + t);
-    for (; t < count; ++t) one_row<BITS, LEVELS, 1>(weight, tokens + t, row, sums + t);
+    for (; t + kTogether <= count; t += kTogether)
+      one_row<BITS, LEVELS, kTogether>(weight, tokens + t, row, sums + t * width, width);
+    for (; t < count; ++t) one_row<BITS, LEVELS, 1>(weight, tokens + t, row, sums + t * width, width);
   }
 }
 
-template <int BITS>
-RowsFunction rows_of(int64_t group, int64_t groups) {
-  if (groups == 1) return rows<BITS, -1>;
-  switch (group) {
-    case 32: return rows<BITS, 0>;
-    case 64: return rows<BITS, 1>;
-    case 128: return rows<BITS, 2>;
-    default: return nullptr;
+// Many tokens: 32 rows are widened into the cache, four codes of each row side by side, and multiplied by tile of tokens.
+
+constexpr int kBlock = 32;           // rows of the weight
+constexpr int kQuads = kStep / 4;    // of four codes, in a step
+constexpr int kTile = 4;             // tokens
+constexpr int64_t kManyTokens = 12;  // from here on widening into the cache pays
+
+struct Block {
+  std::vector<int8_t> codes;        // (steps, kQuads, kBlock, 4)
+  std::vector<int32_t> sums;        // (groups padded to kLanes, kBlock): of codes; in groups of up to 128 as float
+  std::vector<int32_t> zeros;       // zero points less OFFSET
+  std::vector<float> scales, minima;
+  int8_t rows[16][kStep];
+};
+
+// Sixteen registers of sixteen 32-bit lanes, transposed.
+ZSAQ_INLINE void transpose(__m512i* r) {
+  __m512i t[16];
+  for (int i = 0; i < 8; ++i) {
+    t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
+    t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
   }
+  for (int i = 0; i < 4; ++i) {
+    r[4 * i] = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
+    r[4 * i + 1] = _mm512_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
+    r[4 * i + 2] = _mm512_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
+    r[4 * i + 3] = _mm512_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
+  }
+  for (int i = 0; i < 4; ++i) {
+    t[i] = _mm512_shuffle_i32x4(r[i], r[4 + i], 0x88);
+    t[4 + i] = _mm512_shuffle_i32x4(r[i], r[4 + i], 0xdd);
+    t[8 + i] = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0x88);
+    t[12 + i] = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0xdd);
+  }
+  for (int i = 0; i < 8; ++i) {
+    r[i] = _mm512_shuffle_i32x4(t[i], t[8 + i], 0x88);
+    r[8 + i] = _mm512_shuffle_i32x4(t[i], t[8 + i], 0xdd);
+  }
+}
+
+// Scales, minima or zero points of sixteen rows as (groups, kBlock).
+template <typename Load>
+ZSAQ_INLINE void by_group(const Weight& weight, int64_t row, int64_t to, void* out, Load load_some) {
+  __m512i r[16];
+  for (int64_t g = 0; g < weight.groups; g += kLanes) {
+    const int64_t left = weight.groups - g;
+    const __mmask16 mask = left >= kLanes ? 0xffff : static_cast<__mmask16>((1 << left) - 1);
+    for (int i = 0; i < 16; ++i) r[i] = row + i < to ? load_some(weight.first(row + i) + g, mask) : _mm512_setzero_si512();
+    transpose(r);
+    for (int i = 0; i < 16; ++i) _mm512_storeu_si512(static_cast<int32_t*>(out) + (g + i) * kBlock, r[i]);
+  }
+}
+
+// The quads of group t of 32 columns in a step: P planes of 8 / P neighbouring lanes.
+template <int BITS>
+constexpr int quad(int t, int k) {
+  constexpr int P = planes(BITS), L = 8 / P, each = 16 / L;
+  return (t / each * P + k / L) * 16 + t % each * L + k % L;
+}
+
+template <int BITS, int LEVELS>
+ZSAQ_TARGET void fill(const Weight& weight, int64_t from, int64_t to, Block* block) {
+  const ZsaqWeight& layer = *weight.layer;
+  const int64_t steps = (layer.columns + kStep - 1) / kStep, groups = (weight.groups + kLanes - 1) / kLanes * kLanes;
+  block->codes.resize(steps * kStep * kBlock);
+  block->sums.assign(groups * kBlock, 0);
+  block->scales.resize(groups * kBlock);
+  if (layer.shift_type == ZSAQ_MINIMUM) block->minima.resize(groups * kBlock);
+  if (layer.shift_type == ZSAQ_ZERO_POINT) block->zeros.resize(groups * kBlock);
+  for (int half = 0; half < 2; ++half) {
+    const int64_t row = from + 16 * half;
+    for (int64_t step = 0; step < steps; ++step) {
+      const int64_t at = step * 64 * BITS;
+      __m512i c[kRegisters];
+      for (int i = 0; i < 16; ++i) {
+        for (auto& register_ : c) register_ = _mm512_setzero_si512();
+        if (row + i < to) {
+          const uint8_t* codes = weight.codes(row + i) + at;
+          if (step < layer.columns / kStep)
+            Widen<BITS, true>::step(codes, weight.row_bytes - at, c);
+          else
+            Widen<BITS, false>::step(codes, weight.row_bytes - at, c);
+        }
+        for (int p = 0; p < kRegisters; ++p) _mm512_storeu_si512(block->rows[i] + 64 * p, c[p]);
+      }
+      for (int p = 0; p < kRegisters; ++p) {
+        __m512i r[16];
+        for (int i = 0; i < 16; ++i) r[i] = _mm512_loadu_si512(block->rows[i] + 64 * p);
+        transpose(r);
+        int8_t* out = block->codes.data() + ((step * kQuads + p * 16) * kBlock + 16 * half) * 4;
+        for (int i = 0; i < 16; ++i) _mm512_storeu_si512(out + i * kBlock * 4, r[i]);
+      }
+      for (int t = 0; t < kLanes; ++t) {
+        const int64_t g = LEVELS < 0 ? 0 : (step * kLanes + t) >> (LEVELS < 0 ? 0 : LEVELS);
+        if (g >= weight.groups) break;
+        int32_t* into = block->sums.data() + g * kBlock + 16 * half;
+        __m512i sum = _mm512_loadu_si512(into);
+        for (int k = 0; k < 8; ++k) {
+          const int8_t* codes = block->codes.data() + ((step * kQuads + quad<BITS>(t, k)) * kBlock + 16 * half) * 4;
+          sum = _mm512_dpbusd_epi32(sum, _mm512_set1_epi8(1), _mm512_loadu_si512(codes));
+        }
+        _mm512_storeu_si512(into, sum);
+      }
+    }
+    if (LEVELS >= 0)
+      for (int64_t g = 0; g < weight.groups; ++g) {
+        int32_t* sums = block->sums.data() + g * kBlock + 16 * half;
+        _mm512_storeu_ps(sums, _mm512_cvtepi32_ps(_mm512_loadu_si512(sums)));
+      }
+    const int32_t type = layer.scale_type;
+    by_group(weight, row, to, block->scales.data() + 16 * half, [&](int64_t i, __mmask16 mask) ZSAQ_TARGET {
+      return _mm512_castps_si512(scales(layer.scale, i, mask, type));
+    });
+    if (layer.shift_type == ZSAQ_MINIMUM)
+      by_group(weight, row, to, block->minima.data() + 16 * half, [&](int64_t i, __mmask16 mask) ZSAQ_TARGET {
+        __m512 minimum = scales(layer.shift, i, mask, type);
+        if (BITS == 8) minimum = _mm512_fmadd_ps(_mm512_set1_ps(128.0f), scales(layer.scale, i, mask, type), minimum);
+        return _mm512_castps_si512(minimum);
+      });
+    if (layer.shift_type == ZSAQ_ZERO_POINT)
+      by_group(weight, row, to, block->zeros.data() + 16 * half, [&](int64_t i, __mmask16 mask) ZSAQ_TARGET {
+        const __m128i bytes = _mm_maskz_loadu_epi8(mask, static_cast<const uint8_t*>(layer.shift) + i);
+        return _mm512_sub_epi32(_mm512_cvtepu8_epi32(bytes), _mm512_set1_epi32(offset_of(BITS)));
+      });
+  }
+}
+
+// sum (q - z) (c - zero) of sixteen rows, from sum q c. In groups of up to 128 columns all of it is below 2^24, and exact
+// in float, which is faster.
+template <int LEVELS, int SHIFT>
+ZSAQ_INLINE __m512 whole_sums(const Weight& weight, const Block& block, const Token& token, int64_t g, int64_t at, __m512i s) {
+  const __m512i sums = _mm512_loadu_si512(block.sums.data() + at);
+  if constexpr (LEVELS < 0) {
+    s = _mm512_sub_epi32(s, _mm512_mullo_epi32(_mm512_set1_epi32(token.zero), sums));
+    if (SHIFT == ZSAQ_SYMMETRIC)
+      s = _mm512_sub_epi32(s, _mm512_set1_epi32(weight.symmetric_zero * token.sums[g]));
+    else if (SHIFT == ZSAQ_ZERO_POINT)
+      s = _mm512_sub_epi32(s, _mm512_mullo_epi32(_mm512_loadu_si512(block.zeros.data() + at), _mm512_set1_epi32(token.sums[g])));
+    return _mm512_cvtepi32_ps(s);
+  }
+  __m512 f = _mm512_cvtepi32_ps(s);
+  f = _mm512_fnmadd_ps(_mm512_set1_ps(static_cast<float>(token.zero)), _mm512_castsi512_ps(sums), f);
+  if (SHIFT == ZSAQ_SYMMETRIC)
+    f = _mm512_sub_ps(f, _mm512_set1_ps(static_cast<float>(weight.symmetric_zero) * token.float_sums[g]));
+  else if (SHIFT == ZSAQ_ZERO_POINT)
+    f = _mm512_fnmadd_ps(_mm512_cvtepi32_ps(_mm512_loadu_si512(block.zeros.data() + at)), _mm512_set1_ps(token.float_sums[g]), f);
+  return f;
+}
+
+// Tokens times a block, into sums (tokens, width).
+template <int BITS, int LEVELS, int SHIFT, int COUNT>
+ZSAQ_INLINE void tile(const Weight& weight, const Block& block, const Token* tokens, int64_t width, float* sums) {
+  const ZsaqWeight& layer = *weight.layer;
+  const int64_t parts = (layer.columns + 31) / 32;
+  const int64_t each = LEVELS < 0 ? parts : int64_t{1} << (LEVELS < 0 ? 0 : LEVELS);  // parts of 32 columns in a group
+  alignas(64) float a[kLanes][COUNT][kBlock];
+  if (weight.groups < kLanes) std::memset(a[weight.groups], 0, (kLanes - weight.groups) * sizeof a[0]);
+  for (int64_t g = 0; g < weight.groups; ++g) {
+    __m512i s[COUNT][2];
+    for (auto& of_token : s) of_token[0] = of_token[1] = _mm512_setzero_si512();
+    for (int64_t part = g * each, end = part + each < parts ? part + each : parts; part < end; ++part) {
+      const int64_t step = part / kLanes;
+      const int t = static_cast<int>(part % kLanes);
+      const int base = quad<BITS>(t, 0);
+      const int8_t* codes = block.codes.data() + (step * kQuads + base) * kBlock * 4;
+      for (int k = 0; k < 8; ++k) {
+        const int offset = quad<BITS>(0, k);  // from the first quad of any group
+        const __m512i low = _mm512_loadu_si512(codes + offset * kBlock * 4);
+        const __m512i high = _mm512_loadu_si512(codes + offset * kBlock * 4 + 64);
+        for (int i = 0; i < COUNT; ++i) {
+          int32_t four;
+          std::memcpy(&four, tokens[i].codes + step * kStep + (base + offset) * 4, 4);
+          const __m512i q = _mm512_set1_epi32(four);
+          s[i][0] = _mm512_dpbusd_epi32(s[i][0], q, low);
+          s[i][1] = _mm512_dpbusd_epi32(s[i][1], q, high);
+        }
+      }
+    }
+    for (int i = 0; i < COUNT; ++i)
+      for (int half = 0; half < 2; ++half) {
+        const int64_t at = g * kBlock + 16 * half;
+        const __m512 whole = whole_sums<LEVELS, SHIFT>(weight, block, tokens[i], g, at, s[i][half]);
+        float* into = a[g % kLanes][i] + 16 * half;
+        __m512 sum = g < kLanes ? _mm512_setzero_ps() : _mm512_load_ps(into);
+        sum = _mm512_fmadd_ps(_mm512_loadu_ps(block.scales.data() + at), whole, sum);
+        if (SHIFT == ZSAQ_MINIMUM)
+          sum = _mm512_fmadd_ps(_mm512_loadu_ps(block.minima.data() + at), _mm512_set1_ps(tokens[i].float_sums[g]), sum);
+        _mm512_store_ps(into, sum);
+      }
+  }
+  for (int i = 0; i < COUNT; ++i)
+    for (int half = 0; half < 2; ++half) {
+      __m512 b[8];
+      for (int j = 0; j < 8; ++j)
+        b[j] = _mm512_add_ps(_mm512_load_ps(a[j][i] + 16 * half), _mm512_load_ps(a[j + 8][i] + 16 * half));
+      for (int n = 4; n; n /= 2)
+        for (int j = 0; j < n; ++j) b[j] = _mm512_add_ps(b[j], b[j + n]);
+      const int64_t left = width - 16 * half;
+      const __mmask16 mask = left >= 16 ? 0xffff : left > 0 ? static_cast<__mmask16>((1 << left) - 1) : 0;
+      _mm512_mask_storeu_ps(sums + i * width + 16 * half, mask, b[0]);
+    }
+}
+
+template <int BITS, int LEVELS, int SHIFT>
+ZSAQ_INLINE void tiles(const Weight& weight, const Block& block, const Token* tokens, int64_t count, int64_t width, float* sums) {
+  int64_t t = 0;
+  for (; t + kTile <= count; t += kTile) tile<BITS, LEVELS, SHIFT, kTile>(weight, block, tokens + t, width, sums + t * width);
+  for (; t < count; ++t) tile<BITS, LEVELS, SHIFT, 1>(weight, block, tokens + t, width, sums + t * width);
+}
+
+template <int BITS, int LEVELS>
+ZSAQ_TARGET void many_tokens(const Weight& weight, const Token* tokens, int64_t count, int64_t from, int64_t to, float* sums) {
+  thread_local Block block;
+  fill<BITS, LEVELS>(weight, from, to, &block);
+  switch (weight.layer->shift_type) {
+    case ZSAQ_SYMMETRIC: return tiles<BITS, LEVELS, ZSAQ_SYMMETRIC>(weight, block, tokens, count, to - from, sums);
+    case ZSAQ_ZERO_POINT: return tiles<BITS, LEVELS, ZSAQ_ZERO_POINT>(weight, block, tokens, count, to - from, sums);
+    default: return tiles<BITS, LEVELS, ZSAQ_MINIMUM>(weight, block, tokens, count, to - from, sums);
+  }
+}
+
+template <int BITS, int LEVELS>
+void choose(int64_t tokens, Kernel* kernel) {
+  const bool many = tokens >= kManyTokens;
+  kernel->rows = many ? many_tokens<BITS, LEVELS> : few_tokens<BITS, LEVELS>;
+  kernel->at_a_time = many ? kBlock : 16;
+}
+
+template <int BITS>
+bool choose(int64_t group, int64_t groups, int64_t tokens, Kernel* kernel) {
+  if (groups == 1)
+    choose<BITS, -1>(tokens, kernel);
+  else if (group == 32)
+    choose<BITS, 0>(tokens, kernel);
+  else if (group == 64)
+    choose<BITS, 1>(tokens, kernel);
+  else if (group == 128)
+    choose<BITS, 2>(tokens, kernel);
+  else
+    return false;
+  return true;
 }
 
 }  // namespace
@@ -269,17 +531,40 @@ bool avx512_runs() {
   return runs;
 }
 
-bool avx512_kernel(const Weight& weight, Kernel* kernel) {
-  const int64_t group = weight.layer->group;
-  kernel->order = nullptr;
+bool avx512_kernel(const Weight& weight, int64_t tokens, Kernel* kernel) {
+  const int64_t group = weight.layer->group, groups = weight.groups;
   switch (weight.layer->bits) {
-    case 2: kernel->rows = rows_of<2>(group, weight.groups), kernel->order = kOrder.of2; break;
-    case 3: kernel->rows = rows_of<3>(group, weight.groups), kernel->order = kOrder.of3; break;
-    case 4: kernel->rows = rows_of<4>(group, weight.groups), kernel->order = kOrder.of4; break;
-    case 8: kernel->rows = rows_of<8>(group, weight.groups); break;
-    default: kernel->rows = nullptr;
+    case 2: kernel->arrange = arrange2; return choose<2>(group, groups, tokens, kernel);
+    case 3: kernel->arrange = arrange3; return choose<3>(group, groups, tokens, kernel);
+    case 4: kernel->arrange = arrange4; return choose<4>(group, groups, tokens, kernel);
+    case 8: kernel->arrange = nullptr; return choose<8>(group, groups, tokens, kernel);
+    default: return false;
   }
-  return kernel->rows != nullptr;
+}
+
+ZSAQ_TARGET void avx512_finish(float scale, const float* sums, const float* bias, int64_t count, void* y, int32_t type) {
+  const __m512 by = _mm512_set1_ps(scale);
+  for (int64_t i = 0; i < count; i += 16) {
+    const __mmask16 mask = count - i >= 16 ? 0xffff : static_cast<__mmask16>((1 << (count - i)) - 1);
+    const __m512 plus = bias ? _mm512_maskz_loadu_ps(mask, bias + i) : _mm512_setzero_ps();
+    const __m512 v = _mm512_fmadd_ps(by, _mm512_maskz_loadu_ps(mask, sums + i), plus);
+    if (type == ZSAQ_FLOAT32) {
+      _mm512_mask_storeu_ps(static_cast<float*>(y) + i, mask, v);
+      continue;
+    }
+    __m256i half;
+    if (type == ZSAQ_FLOAT16) {
+      half = _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    } else {
+      const __m512i bits = _mm512_castps_si512(v);
+      const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+      __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+      const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+      rounded = _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x400000));
+      half = _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
+    }
+    _mm256_mask_storeu_epi16(static_cast<uint16_t*>(y) + i, mask, half);
+  }
 }
 
 ZSAQ_TARGET void avx512_quantize(const ZsaqInput& input, int64_t columns, const float* x, uint8_t* codes, Token* token) {
@@ -323,8 +608,9 @@ ZSAQ_TARGET void avx512_quantize(const ZsaqInput& input, int64_t columns, const 
 
 namespace zsaq {
 bool avx512_runs() { return false; }
-bool avx512_kernel(const Weight&, Kernel*) { return false; }
+bool avx512_kernel(const Weight&, int64_t, Kernel*) { return false; }
 void avx512_quantize(const ZsaqInput&, int64_t, const float*, uint8_t*, Token*) {}
+void avx512_finish(float, const float*, const float*, int64_t, void*, int32_t) {}
 }  // namespace zsaq
 
 #endif

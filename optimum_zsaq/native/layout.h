@@ -109,18 +109,26 @@ inline float sum_by_halves(const float* a) {
   return b[0] + b[1];
 }
 
-// Rows [from, to) of the weight times all tokens; sums (rows, tokens) float, before scale and bias.
+// Rows [from, to) of the weight times all tokens; sums (tokens, to - from) float, before scale and bias.
 using RowsFunction = void (*)(const Weight&, const Token*, int64_t tokens, int64_t from, int64_t to, float* sums);
 
 void portable_rows(const Weight&, const Token*, int64_t, int64_t, int64_t, float*);
 
+// One token's outputs y[i] = fma(scale, sums[i], bias[i]), rounded to `type`; bias may be null.
+using FinishFunction = void (*)(float scale, const float* sums, const float* bias, int64_t count, void* y, int32_t type);
+
+void portable_finish(float, const float*, const float*, int64_t, void*, int32_t);
+void avx512_finish(float, const float*, const float*, int64_t, void*, int32_t);
+
 // What a processor's kernel is: how it quantizes, which order of codes it reads, and its inner loop.
 struct Kernel {
   RowsFunction rows;
-  const uint16_t* order;  // (kStep): column of a step that each place holds; null: as they are
+  int64_t at_a_time;      // rows of the weight
+  // puts codes in the order that it reads, (columns padded to kStep); null: it reads them as they are
+  void (*arrange)(const uint8_t* codes, int64_t padded, uint8_t* out);
 };
 
-bool avx512_kernel(const Weight&, Kernel*);  // whether it serves this weight
+bool avx512_kernel(const Weight&, int64_t tokens, Kernel*);  // whether it serves this weight
 bool avx512_runs();
 // Codes of one row of inputs, before they are put in order. Gives scale and zero point in the token.
 void quantize_input(const ZsaqInput&, int64_t columns, const float* x, uint8_t* codes, Token*);

@@ -8,11 +8,10 @@ namespace zsaq {
 
 namespace {
 
-constexpr int64_t kRowsAtATime = 16;       // of the weight, between looking for more work
 constexpr int64_t kWorkForAThread = 1 << 18;  // products below which another thread costs more than it takes off
 
 struct Inputs {
-  std::vector<float> x;
+  std::vector<float> x, bias;
   std::vector<uint8_t> natural, codes;
   std::vector<int32_t> sums;
   std::vector<float> float_sums;
@@ -39,7 +38,7 @@ void prepare(const Weight& weight, const ZsaqInput& input, const Kernel& kernel,
   for (int64_t t = 0; t < count; ++t) {
     Token& token = in->tokens[t];
     uint8_t* codes = in->codes.data() + t * padded;
-    uint8_t* natural = kernel.order ? in->natural.data() : codes;
+    uint8_t* natural = kernel.arrange ? in->natural.data() : codes;
     const float* values = as_float(x, t * columns, columns, type, &in->x);
     (fast ? avx512_quantize : quantize_input)(input, columns, values, natural, &token);
     std::memset(natural + columns, 0, padded - columns);
@@ -52,9 +51,7 @@ void prepare(const Weight& weight, const ZsaqInput& input, const Kernel& kernel,
       sums[g] = sum - token.zero * static_cast<int32_t>(stop - start);
       float_sums[g] = static_cast<float>(sums[g]);
     }
-    if (kernel.order)
-      for (int64_t step = 0; step < padded; step += kStep)
-        for (int i = 0; i < kStep; ++i) codes[step + i] = natural[step + kernel.order[i]];
+    if (kernel.arrange) kernel.arrange(natural, padded, codes);
     token.codes = codes;
     token.sums = sums;
     token.float_sums = float_sums;
@@ -71,26 +68,28 @@ ZSAQ_EXPORT int32_t zsaq_linear(const ZsaqWeight* layer, const ZsaqInput* input,
                                 const void* bias, int32_t bias_type, void* y, int32_t type, int32_t threads, int32_t isa) {
   using namespace zsaq;
   const Weight weight(layer);
-  Kernel kernel = {portable_rows, nullptr};
+  const Kernel portable = {portable_rows, 16, nullptr};
+  Kernel kernel = portable;
   if (isa == ZSAQ_AVX512 && !avx512_runs()) return -1;
   const bool fast = isa != ZSAQ_PORTABLE && avx512_runs();
-  if (fast && !avx512_kernel(weight, &kernel)) kernel = {portable_rows, nullptr};
+  if (fast && !avx512_kernel(weight, count, &kernel)) kernel = portable;
   thread_local Inputs in;
   prepare(weight, *input, kernel, fast, x, count, type, &in);
   const Token* tokens = in.tokens.data();
-  const int64_t rows = layer->rows, pieces = (rows + kRowsAtATime - 1) / kRowsAtATime;
+  const float* plus = bias ? as_float(bias, 0, layer->rows, bias_type, &in.bias) : nullptr;
+  const FinishFunction finish = fast ? avx512_finish : portable_finish;
+  const int64_t size = type == ZSAQ_FLOAT32 ? 4 : 2;
+  const int64_t rows = layer->rows, pieces = (rows + kernel.at_a_time - 1) / kernel.at_a_time;
   const int64_t work = rows * layer->columns * count;
   threads = static_cast<int32_t>(std::max<int64_t>(1, std::min<int64_t>({threads, pieces, work / kWorkForAThread})));
   share(threads, pieces, [&](int64_t piece) {
     thread_local std::vector<float> sums;
-    const int64_t from = piece * kRowsAtATime, to = std::min(from + kRowsAtATime, rows);
+    const int64_t from = piece * kernel.at_a_time, to = std::min(from + kernel.at_a_time, rows);
     sums.resize((to - from) * count);
     kernel.rows(weight, tokens, count, from, to, sums.data());
-    for (int64_t row = from; row < to; ++row) {
-      const float plus = bias ? load(bias, row, bias_type) : 0.0f;
-      for (int64_t t = 0; t < count; ++t)
-        store(y, t * rows + row, type, std::fma(tokens[t].scale, sums[(row - from) * count + t], plus));
-    }
+    for (int64_t t = 0; t < count; ++t)
+      finish(tokens[t].scale, sums.data() + t * (to - from), plus ? plus + from : nullptr, to - from,
+             static_cast<char*>(y) + (t * rows + from) * size, type);
   });
   return 0;
 }

@@ -58,9 +58,13 @@ void portable_rows(const Weight& weight, const Token* tokens, int64_t count, int
           into = std::fma(layer.bits == 8 ? std::fma(128.0f, scale, minimum) : minimum, token.float_sums[g], into);
         }
       }
-      sums[(row - from) * count + t] = sum_by_halves(a);
+      sums[t * (to - from) + row - from] = sum_by_halves(a);
     }
   }
+}
+
+void portable_finish(float scale, const float* sums, const float* bias, int64_t count, void* y, int32_t type) {
+  for (int64_t i = 0; i < count; ++i) store(y, i, type, std::fma(scale, sums[i], bias ? bias[i] : 0.0f));
 }
 
 void quantize_input(const ZsaqInput& input, int64_t columns, const float* x, uint8_t* codes, Token* token) {
