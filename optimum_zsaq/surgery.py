@@ -326,7 +326,8 @@ def set_runtime(model: nn.Module, runtime: str, kernel: str | None = None) -> nn
     Args:
         model (`nn.Module`): a packed model.
         runtime (`str`): "fast": beside its codes, a layer keeps its weight in the layout of its kernel, one byte a weight
-            (half a byte for "int4"), from its first call on. "small": only the codes are kept, as they are on disk.
+            for "int8", half a byte for "int4", nothing for "native", from its first call on. "small": only the codes are
+            kept, as they are on disk.
         kernel (`str`, *optional*): the only kernel allowed, a name in `kernels.KERNELS`; a layer that it does not serve
             raises a ValueError when it is called. None: the fastest that serves.
 

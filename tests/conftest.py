@@ -1,9 +1,13 @@
-"""What all tests share: one `device` fixture, one thread, no network."""
+"""What all tests share: one `device` fixture, one thread, no network, and the package as it was installed."""
 
 import os
+import sys
+from pathlib import Path
 
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+_ROOT = Path(__file__).parents[1]
+sys.path[:] = [p for p in sys.path if Path(p).resolve() != _ROOT]  # the sources there are not built
 
 import pytest
 import torch

@@ -1,7 +1,8 @@
-"""Layers with 8-bit inputs, from the codes as they are packed: our own kernels (`optimum_zsaq/native`).
+"""Layers from the codes as they are packed: our own kernels (`optimum_zsaq/native`).
 
-Nothing is kept beside the codes. Sums of products are integers and the order of roundings is fixed (native/layout.h), so
-results are bit-equal whatever the number of threads, of rows at a time, and the instruction set.
+Inputs are 8-bit integers; those that stay float become fixed-point numbers of three or four 8-bit digits, whose error is
+far below that of their dtype. Nothing is kept beside the codes. Sums of products are integers and the order of roundings is
+fixed (native/layout.h), so results are bit-equal whatever the number of threads, of rows at a time, and the instruction set.
 """
 
 import ctypes
@@ -34,11 +35,10 @@ class Native:
         self._many = Int8()
 
     def serves(self, x: Tensor, packed: PackedTensors) -> bool:
-        """8-bit inputs on CPUs with AVX-512 VNNI, 2, 3, 4 and 8 bits, one scale a row or matrix, groups of 32, 64, 128."""
+        """CPUs with AVX-512 VNNI; 2, 3, 4 and 8 bits, one scale for a row or the matrix, groups of 32, 64, 128."""
         weight = packed.spec.weight
         return (
-            packed.spec.inputs is not None
-            and x.device.type == "cpu"
+            x.device.type == "cpu"
             and x.dtype in _TYPES
             and weight.bits in _BITS
             and (weight.granularity != "group" or weight.group_size in _GROUPS or weight.group_size >= packed.columns)
@@ -48,11 +48,8 @@ class Native:
 
     def __call__(self, x: Tensor, packed: PackedTensors, bias: Tensor | None) -> Tensor:
         """x (..., I), bias (O,) or None -> (..., O) in x's dtype."""
-        if (
-            packed.spec.weight.granularity != "group"
-            and x.numel() > FEW_ROWS * packed.columns
-            and self._many.serves(x, packed)
-        ):
+        elsewhere = packed.spec.inputs is None or packed.spec.weight.granularity != "group"
+        if elsewhere and x.numel() > FEW_ROWS * packed.columns and self._many.serves(x, packed):
             return self._many(x, packed, bias)
         x = x.detach()
         if packed.outlier_positions is None or not x.numel():
@@ -84,8 +81,8 @@ def native_linear(x: Tensor, packed: PackedTensors, bias: Tensor | None, isa: in
     if not y.numel():
         return y
     spec = packed.spec.inputs
-    static = static_range(packed) if spec.granularity == "tensor" else None
-    kept, described = prepacked(packed, "native", _Described), _input(spec, static)
+    static = static_range(packed) if spec is not None and spec.granularity == "tensor" else None
+    kept, described = prepacked(packed, "native", _Described), _input(spec, static, x.dtype)
     bias = bias if bias is None or bias.dtype in _TYPES and bias.is_contiguous() else bias.float().contiguous()
     missing = library().zsaq_linear(
         kept.address,
@@ -105,9 +102,11 @@ def native_linear(x: Tensor, packed: PackedTensors, bias: Tensor | None, isa: in
 
 
 @lru_cache(maxsize=4096)
-def _input(spec: QuantSpec, static: tuple[float, int] | None) -> Input:
+def _input(spec: QuantSpec | None, static: tuple[float, int] | None, dtype: torch.dtype) -> Input:
+    if spec is None:
+        return Input(4 if dtype == torch.float32 else 3, 0, 0, 0, 0.0)
     scale, zero = static or (0.0, 0)
-    return Input(spec.highest, static is not None, zero, scale)
+    return Input(0, spec.highest, static is not None, zero, scale)
 
 
 class _Described:

@@ -61,5 +61,5 @@ def choose_kernel(x: Tensor, packed: PackedTensors) -> Kernel:
     return kernel
 
 
-for _kernel in (Reference(), CudaDequantize(), CudaInt8(), Int8(), Int4(), Native()):
+for _kernel in (Reference(), CudaDequantize(), CudaInt8(), Int8(), Native(), Int4()):
     register_kernel(_kernel)

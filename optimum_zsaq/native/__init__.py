@@ -23,7 +23,7 @@ class Weight(ctypes.Structure):
 class Input(ctypes.Structure):
     """`ZsaqInput` of zsaq_kernels.h."""
 
-    _fields_ = (*[(name, ctypes.c_int32) for name in ("highest", "is_static", "zero")], ("scale", ctypes.c_float))
+    _fields_ = (*[(name, ctypes.c_int32) for name in ("digits", "highest", "is_static", "zero")], ("scale", ctypes.c_float))
 
 
 @lru_cache

@@ -567,6 +567,33 @@ ZSAQ_TARGET void avx512_finish(float scale, const float* sums, const float* bias
   }
 }
 
+ZSAQ_TARGET void avx512_digits(int digits, int64_t columns, const float* x, int64_t padded, uint8_t* codes, Token* token) {
+  __m512 largest = _mm512_setzero_ps(), odd = largest;  // 0 * x is NaN where x is not finite
+  for (int64_t i = 0; i < columns; i += 16) {
+    const __mmask16 mask = columns - i >= 16 ? 0xffff : static_cast<__mmask16>((1 << (columns - i)) - 1);
+    const __m512 v = _mm512_maskz_loadu_ps(mask, x + i);
+    largest = _mm512_max_ps(_mm512_abs_ps(v), largest);
+    odd = _mm512_fmadd_ps(v, _mm512_setzero_ps(), odd);
+  }
+  const bool finite = !_mm512_cmp_ps_mask(odd, odd, _CMP_UNORD_Q);
+  const float highest = highest_fixed(digits), unit = _mm512_reduce_max_ps(largest) / highest;
+  const float scale = finite && unit > 0.0f ? unit : 1.0f;
+  token->zero = 128;
+  token->scale = finite ? scale : NAN;
+  const __m512 by = _mm512_set1_ps(scale), most = _mm512_set1_ps(highest), least = _mm512_set1_ps(-highest);
+  const __m512i offset = _mm512_set1_epi32(fixed_offset(digits));
+  for (int64_t i = 0; i < columns; i += 16) {
+    const __mmask16 mask = columns - i >= 16 ? 0xffff : static_cast<__mmask16>((1 << (columns - i)) - 1);
+    __m512 v = _mm512_div_ps(_mm512_maskz_loadu_ps(finite ? mask : 0, x + i), by);
+    v = _mm512_roundscale_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const __m512i fixed = _mm512_add_epi32(_mm512_cvttps_epi32(_mm512_max_ps(_mm512_min_ps(v, most), least)), offset);
+    for (int d = 0; d < digits; ++d) {
+      const __m512i digit = _mm512_srl_epi32(fixed, _mm_cvtsi32_si128(8 * (digits - 1 - d)));
+      _mm_mask_storeu_epi8(codes + d * padded + i, mask, _mm512_cvtepi32_epi8(digit));
+    }
+  }
+}
+
 ZSAQ_TARGET void avx512_quantize(const ZsaqInput& input, int64_t columns, const float* x, uint8_t* codes, Token* token) {
   float scale = input.scale, zero = static_cast<float>(input.zero);
   if (!input.is_static) {
@@ -610,6 +637,7 @@ namespace zsaq {
 bool avx512_runs() { return false; }
 bool avx512_kernel(const Weight&, int64_t, Kernel*) { return false; }
 void avx512_quantize(const ZsaqInput&, int64_t, const float*, uint8_t*, Token*) {}
+void avx512_digits(int, int64_t, const float*, int64_t, uint8_t*, Token*) {}
 void avx512_finish(float, const float*, const float*, int64_t, void*, int32_t) {}
 }  // namespace zsaq
 

@@ -7,6 +7,10 @@
 //   a[g % 16] = fma(scale_g, float(S_g - zero_g X_g), a[g % 16])            zero_g: the zero point less OFFSET
 //   a[g % 16] = fma(minimum_g, float(X_g), a[g % 16])                       with minima, whose zero_g is 0
 // The result is fma(s, sum of a, bias), the sum by halves: a[i] + a[i + 8], then + 4, + 2, + 1.
+//
+// Inputs that stay float are integers of 3 or 4 bytes in units of s, about 2^-23 or 2^-31 of the token's largest magnitude.
+// Each byte less 128 is a digit, and goes the way of a token of codes; the sums r of the digits, the highest first, make
+// r = r * 256 + next, where the product is exact.
 #pragma once
 #include <cmath>
 #include <cstring>
@@ -130,7 +134,13 @@ struct Kernel {
 
 bool avx512_kernel(const Weight&, int64_t tokens, Kernel*);  // whether it serves this weight
 bool avx512_runs();
-// Codes of one row of inputs, before they are put in order. Gives scale and zero point in the token.
+inline int32_t fixed_offset(int digits) { return digits == 4 ? static_cast<int32_t>(0x80808080u) : 0x808080; }
+inline float highest_fixed(int digits) { return digits == 4 ? 2139062016.0f : 8355584.0f; }  // a float32 that fits
+
+// Codes of one row of inputs, before they are put in order; of digits one row after the other, `padded` apart. Gives scale and
+// zero point in the token.
+void digits_of_input(int digits, int64_t columns, const float* x, int64_t padded, uint8_t* codes, Token*);
+void avx512_digits(int digits, int64_t columns, const float* x, int64_t padded, uint8_t* codes, Token*);
 void quantize_input(const ZsaqInput&, int64_t columns, const float* x, uint8_t* codes, Token*);
 void avx512_quantize(const ZsaqInput&, int64_t columns, const float* x, uint8_t* codes, Token*);
 

@@ -29,33 +29,48 @@ void prepare(const Weight& weight, const ZsaqInput& input, const Kernel& kernel,
              int32_t type, Inputs* in) {
   const ZsaqWeight& layer = *weight.layer;
   const int64_t columns = layer.columns, padded = (columns + kStep - 1) / kStep * kStep;
-  const int64_t groups = (weight.groups + kLanes - 1) / kLanes * kLanes;
-  in->natural.assign(padded, 0);
-  in->codes.resize(count * padded);
-  in->sums.assign(count * groups, 0);
-  in->float_sums.assign(count * groups, 0.0f);
-  in->tokens.resize(count);
+  const int64_t groups = (weight.groups + kLanes - 1) / kLanes * kLanes, digits = input.digits ? input.digits : 1;
+  in->natural.assign(digits * padded, 0);
+  in->codes.resize(count * digits * padded);
+  in->sums.assign(count * digits * groups, 0);
+  in->float_sums.assign(count * digits * groups, 0.0f);
+  in->tokens.resize(count * digits);
   for (int64_t t = 0; t < count; ++t) {
-    Token& token = in->tokens[t];
-    uint8_t* codes = in->codes.data() + t * padded;
-    uint8_t* natural = kernel.arrange ? in->natural.data() : codes;
     const float* values = as_float(x, t * columns, columns, type, &in->x);
-    (fast ? avx512_quantize : quantize_input)(input, columns, values, natural, &token);
-    std::memset(natural + columns, 0, padded - columns);
-    int32_t* sums = in->sums.data() + t * groups;
-    float* float_sums = in->float_sums.data() + t * groups;
-    for (int64_t g = 0; g < weight.groups; ++g) {
-      const int64_t start = g * layer.group, stop = std::min<int64_t>(start + layer.group, columns);
-      int32_t sum = 0;
-      for (int64_t i = start; i < stop; ++i) sum += natural[i];
-      sums[g] = sum - token.zero * static_cast<int32_t>(stop - start);
-      float_sums[g] = static_cast<float>(sums[g]);
+    Token found;
+    if (input.digits)
+      (fast ? avx512_digits : digits_of_input)(input.digits, columns, values, padded, in->natural.data(), &found);
+    else
+      (fast ? avx512_quantize : quantize_input)(input, columns, values, in->natural.data(), &found);
+    for (int64_t d = 0; d < digits; ++d) {
+      Token& token = in->tokens[t * digits + d];
+      token = found;
+      const uint8_t* natural = in->natural.data() + d * padded;
+      uint8_t* codes = in->codes.data() + (t * digits + d) * padded;
+      int32_t* sums = in->sums.data() + (t * digits + d) * groups;
+      float* float_sums = in->float_sums.data() + (t * digits + d) * groups;
+      for (int64_t g = 0; g < weight.groups; ++g) {
+        const int64_t start = g * layer.group, stop = std::min<int64_t>(start + layer.group, columns);
+        int32_t sum = 0;
+        for (int64_t i = start; i < stop; ++i) sum += natural[i];
+        sums[g] = sum - token.zero * static_cast<int32_t>(stop - start);
+        float_sums[g] = static_cast<float>(sums[g]);
+      }
+      if (kernel.arrange)
+        kernel.arrange(natural, padded, codes);
+      else
+        std::memcpy(codes, natural, padded);
+      token.codes = codes;
+      token.sums = sums;
+      token.float_sums = float_sums;
     }
-    if (kernel.arrange) kernel.arrange(natural, padded, codes);
-    token.codes = codes;
-    token.sums = sums;
-    token.float_sums = float_sums;
   }
+}
+
+// The sums of a token's digits, the highest first, as one. In place of the first.
+void combine(int64_t digits, int64_t width, float* sums) {
+  for (int64_t d = 1; d < digits; ++d)
+    for (int64_t i = 0; i < width; ++i) sums[i] = sums[i] * 256.0f + sums[d * width + i];
 }
 
 }  // namespace
@@ -64,7 +79,7 @@ void prepare(const Weight& weight, const ZsaqInput& input, const Kernel& kernel,
 
 ZSAQ_EXPORT int32_t zsaq_best_isa() { return zsaq::avx512_runs() ? ZSAQ_AVX512 : ZSAQ_PORTABLE; }
 
-ZSAQ_EXPORT int32_t zsaq_linear(const ZsaqWeight* layer, const ZsaqInput* input, const void* x, int64_t count,
+ZSAQ_EXPORT int32_t zsaq_linear(const ZsaqWeight* layer, const ZsaqInput* input, const void* x, int64_t tokens_given,
                                 const void* bias, int32_t bias_type, void* y, int32_t type, int32_t threads, int32_t isa) {
   using namespace zsaq;
   const Weight weight(layer);
@@ -72,9 +87,10 @@ ZSAQ_EXPORT int32_t zsaq_linear(const ZsaqWeight* layer, const ZsaqInput* input,
   Kernel kernel = portable;
   if (isa == ZSAQ_AVX512 && !avx512_runs()) return -1;
   const bool fast = isa != ZSAQ_PORTABLE && avx512_runs();
+  const int64_t digits = input->digits ? input->digits : 1, count = tokens_given * digits;
   if (fast && !avx512_kernel(weight, count, &kernel)) kernel = portable;
   thread_local Inputs in;
-  prepare(weight, *input, kernel, fast, x, count, type, &in);
+  prepare(weight, *input, kernel, fast, x, tokens_given, type, &in);
   const Token* tokens = in.tokens.data();
   const float* plus = bias ? as_float(bias, 0, layer->rows, bias_type, &in.bias) : nullptr;
   const FinishFunction finish = fast ? avx512_finish : portable_finish;
@@ -87,9 +103,12 @@ ZSAQ_EXPORT int32_t zsaq_linear(const ZsaqWeight* layer, const ZsaqInput* input,
     const int64_t from = piece * kernel.at_a_time, to = std::min(from + kernel.at_a_time, rows);
     sums.resize((to - from) * count);
     kernel.rows(weight, tokens, count, from, to, sums.data());
-    for (int64_t t = 0; t < count; ++t)
-      finish(tokens[t].scale, sums.data() + t * (to - from), plus ? plus + from : nullptr, to - from,
+    for (int64_t t = 0; t < tokens_given; ++t) {
+      float* of_token = sums.data() + t * digits * (to - from);
+      combine(digits, to - from, of_token);
+      finish(tokens[t * digits].scale, of_token, plus ? plus + from : nullptr, to - from,
              static_cast<char*>(y) + (t * rows + from) * size, type);
+    }
   });
   return 0;
 }

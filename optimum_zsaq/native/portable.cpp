@@ -67,6 +67,27 @@ void portable_finish(float scale, const float* sums, const float* bias, int64_t 
   for (int64_t i = 0; i < count; ++i) store(y, i, type, std::fma(scale, sums[i], bias ? bias[i] : 0.0f));
 }
 
+void digits_of_input(int digits, int64_t columns, const float* x, int64_t padded, uint8_t* codes, Token* token) {
+  const float highest = highest_fixed(digits);
+  float largest = 0.0f;
+  bool finite = true;
+  for (int64_t i = 0; i < columns; ++i) {
+    const float size = std::fabs(x[i]);
+    largest = size > largest ? size : largest;
+    finite = finite && std::isfinite(x[i]);
+  }
+  token->zero = 128;
+  token->scale = finite ? largest / highest : NAN;
+  const float scale = finite && token->scale > 0.0f ? token->scale : 1.0f;
+  if (finite) token->scale = scale;
+  for (int64_t i = 0; i < columns; ++i) {
+    float value = std::nearbyint(finite ? x[i] / scale : 0.0f);
+    value = value > highest ? highest : value < -highest ? -highest : value;
+    const uint32_t fixed = static_cast<uint32_t>(static_cast<int32_t>(value)) + static_cast<uint32_t>(fixed_offset(digits));
+    for (int d = 0; d < digits; ++d) codes[d * padded + i] = static_cast<uint8_t>(fixed >> (8 * (digits - 1 - d)));
+  }
+}
+
 void quantize_input(const ZsaqInput& input, int64_t columns, const float* x, uint8_t* codes, Token* token) {
   const float highest = static_cast<float>(input.highest);
   float low = 0.0f, high = 0.0f, scale = input.scale, zero = static_cast<float>(input.zero);

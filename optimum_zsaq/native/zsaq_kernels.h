@@ -28,6 +28,7 @@ struct ZsaqWeight {
 
 // How a layer quantizes its inputs.
 struct ZsaqInput {
+  int32_t digits;        // 0: inputs become codes; 3 or 4: they stay float, as fixed-point numbers of so many bytes
   int32_t highest;       // the largest code
   int32_t is_static;     // 1: scale and zero point are stored, 0: each token has its own
   int32_t zero;

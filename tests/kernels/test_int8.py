@@ -292,6 +292,7 @@ class TestServes:
             raise RuntimeError("Didn't find engine for operation quantized::linear_prepack NoQEngine")
 
         int8._multiplies_exactly.cache_clear()
+        monkeypatch.setattr("optimum_zsaq.kernels.native.runs", lambda: False)
         monkeypatch.setattr(int8._OneDNN, "pack", missing)
         try:
             assert choose_kernel(torch.randn(2, 64), packed_weight(3, 64, QuantSpec(4))).name == "reference"

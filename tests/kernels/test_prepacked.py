@@ -276,7 +276,7 @@ def test_inference_tensors():
 
 @pytest.mark.usefixtures("toy_kinds")
 def test_tied_layers_keep_one():
-    model = pack(toy_prepared(SCHEMES["w4a8e4-row"], tied=True))
+    model = set_runtime(pack(toy_prepared(SCHEMES["w4a8e4-row"], tied=True)), "fast", kernel="int8")
     outputs(model, toy_inputs())
     assert model.output.owner is model.table
     assert set(entry(model.table)) <= {"onednn", "fbgemm"}

@@ -38,7 +38,7 @@ print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 
 def test_works_in_a_forked_process(pytestconfig):
     """Its threads are not in the child."""
-    path = [str(pytestconfig.rootpath / "tests"), str(pytestconfig.rootpath)]
+    path = [str(pytestconfig.rootpath / "tests")]
     code = f"import sys; sys.path[:0] = {path}\n{CHILD}"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, timeout=120)
     assert done.stdout.strip() == "0", done.stderr
