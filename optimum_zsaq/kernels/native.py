@@ -2,7 +2,7 @@
 
 Inputs are 8-bit integers; those that stay float become fixed-point numbers of three or four 8-bit digits, whose error is
 far below that of their dtype. Nothing is kept beside the codes. Sums of products are integers and the order of roundings is
-fixed (native/layout.h), so results are bit-equal whatever the number of threads, of rows at a time, and the instruction set.
+fixed (native/layout.h), so results are bit-equal whatever the threads, the rows at a time, and the instruction set.
 """
 
 import ctypes
