@@ -31,6 +31,9 @@ def library() -> ctypes.CDLL | None:
     """The kernels; None where the package was installed without a compiler."""
     found = sorted(Path(__file__).parent.glob("_kernels*.so")) + sorted(Path(__file__).parent.glob("_kernels*.pyd"))
     if not found:
+        logger.warning(
+            "The C++ kernels were not built, for want of a compiler, and others serve: install one, and the package anew"
+        )
         return None
     try:
         kernels = ctypes.CDLL(str(found[0]))

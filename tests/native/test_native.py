@@ -42,3 +42,58 @@ def test_works_in_a_forked_process(pytestconfig):
     code = f"import sys; sys.path[:0] = {path}\n{CHILD}"
     done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, timeout=120)
     assert done.stdout.strip() == "0", done.stderr
+
+
+GUARDED = """
+import ctypes, mmap, torch
+from conformance import DYNAMIC
+from kernel_cases import packed_weight
+from optimum_zsaq.kernels import native
+from optimum_zsaq.native import PORTABLE, best
+from optimum_zsaq.spec import LayerSpec, QuantSpec
+
+libc, page, kept, empty = ctypes.CDLL(None, use_errno=True), mmap.PAGESIZE, [], torch.empty
+
+
+def at_the_end(tensor):
+    '''A copy whose last byte is the last one before memory that nobody may touch.'''
+    size = tensor.numel() * tensor.element_size()
+    whole = -(-size // page) * page
+    room = mmap.mmap(-1, whole + page)
+    kept.append(room)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(room))
+    assert libc.mprotect(ctypes.c_void_p(address + whole), page, 0) == 0
+    start = (whole - size) // tensor.element_size() * tensor.element_size()
+    copy = torch.frombuffer(room, dtype=tensor.dtype, count=tensor.numel(), offset=start).view(tensor.shape)
+    return copy.copy_(tensor)
+
+
+half = {"symmetric": False, "minimum": True, "scale_bits": 16}
+zeros = {"symmetric": False}
+layouts = [("row", None, {}), ("tensor", None, zeros), ("group", 32, half), ("group", 64, zeros), ("group", 128, half)]
+layouts += [("group", 17, {})]
+for bits in (2, 3, 4, 5, 8):
+    for name, size, options in layouts:
+        for rows, columns in ((1, 1), (3, 33), (2, 511), (5, 513), (33, 576), (1, 1025)):
+            for inputs in (DYNAMIC, None):
+                packed = packed_weight(rows, columns, LayerSpec(QuantSpec(bits, name, size, **options), inputs))
+                for field in ("codes", "scale", "shift"):
+                    if getattr(packed, field) is not None:
+                        setattr(packed, field, at_the_end(getattr(packed, field)))
+                for count, dtype in ((1, torch.float32), (5, torch.bfloat16), (13, torch.float16)):
+                    x, bias = at_the_end(torch.randn(count, columns).to(dtype)), at_the_end(torch.randn(rows).to(dtype))
+                    torch.empty = lambda *shape, dtype: at_the_end(empty(*shape, dtype=dtype).fill_(torch.nan))
+                    y = native.native_linear(x, packed, bias)
+                    z = native.native_linear(x, packed, bias, PORTABLE)
+                    torch.empty = empty
+                    assert torch.equal(y, z)
+        kept.clear()
+print("within")
+"""
+
+
+def test_reads_and_writes_nothing_outside(pytestconfig):
+    """Every tensor ends where memory ends, for widths on both sides of each step of the kernels."""
+    code = f"import sys; sys.path[:0] = [{str(pytestconfig.rootpath / 'tests')!r}]\n{GUARDED}"
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.stdout.strip() == "within", (done.returncode, done.stderr)
