@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from ..native import AVX512, BEST, Input, Weight, best, library
-from ..spec import QuantSpec
 from .int8 import Int8
 from .integer_inputs import FEW_ROWS, static_range
 from .packed_tensors import PackedTensors
@@ -82,7 +81,8 @@ def native_linear(x: Tensor, packed: PackedTensors, bias: Tensor | None, isa: in
         return y
     spec = packed.spec.inputs
     static = static_range(packed) if spec is not None and spec.granularity == "tensor" else None
-    kept, described = prepacked(packed, "native", _Described), _input(spec, static, x.dtype)
+    kept = prepacked(packed, "native", _Described)
+    described = _input(None if spec is None else spec.highest, static, x.dtype)
     bias = bias if bias is None or bias.dtype in _TYPES and bias.is_contiguous() else bias.float().contiguous()
     missing = library().zsaq_linear(
         kept.address,
@@ -102,11 +102,12 @@ def native_linear(x: Tensor, packed: PackedTensors, bias: Tensor | None, isa: in
 
 
 @lru_cache(maxsize=4096)
-def _input(spec: QuantSpec | None, static: tuple[float, int] | None, dtype: torch.dtype) -> Input:
-    if spec is None:
+def _input(highest: int | None, static: tuple[float, int] | None, dtype: torch.dtype) -> Input:
+    """How inputs are read: as codes up to `highest`, or as digits."""
+    if highest is None:
         return Input(4 if dtype == torch.float32 else 3, 0, 0, 0, 0.0)
     scale, zero = static or (0.0, 0)
-    return Input(0, spec.highest, static is not None, zero, scale)
+    return Input(0, highest, static is not None, zero, scale)
 
 
 class _Described:
