@@ -96,6 +96,12 @@ def _openvino(title: str, precision: str, quantized: bool = False) -> Contestant
     return Contestant(f"OpenVINO, {title}", peers.load_openvino(precision), save, packages, (ENCODER,), save.__name__)
 
 
+def _groups_of_32(weight_bits: int) -> Contestant:
+    """The scheme of decoders, in smaller groups: minima and float16 scales, and 8 bits for tables and the head."""
+    group = {"granularity": "group", "group_size": 32, "symmetric": False, "minimum": True, "embedding_bits": 8}
+    return _on_request(_ours(weight_bits, **group, ranges="minmax"))
+
+
 _ONNX = ("onnxruntime", "onnxscript")
 
 CONTESTANTS: dict[str, Contestant] = {
@@ -109,6 +115,9 @@ CONTESTANTS: dict[str, Contestant] = {
     "zsaq-w3a8-small": _ours(3, runtime="small"),
     "zsaq-w2a8-small": _ours(2, runtime="small"),
     "zsaq-w4-g64": _on_request(_ours(4, activation_bits=None, dtype="bfloat16", granularity="group", group_size=64)),
+    "zsaq-w4a8-g32": _groups_of_32(4),
+    "zsaq-w3a8-g32": _groups_of_32(3),
+    "zsaq-w2a8-g32": _groups_of_32(2),
     "zsaq-w8a8-bf16": _on_request(_ours(8, dtype="bfloat16")),
     "zsaq-w4a8-bf16": _on_request(_ours(4, dtype="bfloat16")),
     "zsaq-w8a8-compiled": _compiled(_ours(8)),

@@ -197,6 +197,15 @@ def _decoder_shape() -> tuple[type, Any, str]:
     return LlamaForCausalLM, config, "bfloat16"
 
 
+def _small_decoder_shape() -> tuple[type, Any, str]:
+    """SmolLM2-135M's."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9}
+    sizes |= {"num_key_value_heads": 3, "vocab_size": 49152, "max_position_embeddings": 8192}
+    return LlamaForCausalLM, LlamaConfig(tie_word_embeddings=True, **sizes), "bfloat16"
+
+
 def _translation_shape() -> tuple[type, Any, str]:
     from transformers import T5Config, T5ForConditionalGeneration
 
@@ -206,6 +215,7 @@ def _translation_shape() -> tuple[type, Any, str]:
 SHAPES: dict[str, Callable[[], tuple[type, Any, str]]] = {
     "bert-base": _encoder_shape,
     "llama-450m": _decoder_shape,
+    "smollm2-135m": _small_decoder_shape,
     "t5-small": _translation_shape,
 }
 

@@ -70,7 +70,7 @@ def test_end_to_end(monkeypatch, capsys, tmp_path, name, options, names):
     ("arguments", "message"),
     [
         ((), "give one of --model and --shape"),
-        (("--shape", "bert"), "--shape bert is unknown; use one of bert-base, llama-450m, t5-small"),
+        (("--shape", "bert"), "--shape bert is unknown; use one of bert-base, llama-450m, smollm2-135m, t5-small"),
         (("--shape", "bert-base", "--batch", "8"), "--batch 8 is no batch; write rows x tokens, such as 1x128"),
         (("--shape", "bert-base", "--contestants", "zsaq-w8"), "did you mean zsaq-w8a8"),
         (("--shape", "bert-base", "--threads", "0"), "--threads 0 is no count"),

@@ -175,7 +175,7 @@ class TestSettings:
     @pytest.mark.parametrize(
         ("fields", "message"),
         [
-            ({}, "give one of --model and --shape; shapes are bert-base, llama-450m, t5-small"),
+            ({}, "give one of --model and --shape; shapes are bert-base, llama-450m, smollm2-135m, t5-small"),
             ({"shape": "bert-base", "model": "x"}, "give one of --model and --shape"),
             ({"shape": "bert"}, "--shape bert is unknown; use one of bert-base"),
             ({"shape": "bert-base", "threads": 0}, "--threads 0 is no count; use 1 or more"),
