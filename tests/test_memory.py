@@ -42,7 +42,7 @@ MEGABYTE = 10**6
 
 
 def measure(source: Path, config: dict, target: Path | str = "") -> dict:
-    command = [sys.executable, "-c", MEASURE, str(source), json.dumps(config), str(target)]
+    command = [sys.executable, "-P", "-c", MEASURE, str(source), json.dumps(config), str(target)]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         command, env=environment, cwd=source.parent, capture_output=True, text=True, timeout=300, check=False

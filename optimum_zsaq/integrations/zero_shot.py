@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils.logging import tqdm
 
 from ..algorithms.compensation import CompensationSettings, compensate
@@ -179,6 +178,8 @@ def keep_block_inputs(model: PreTrainedModel) -> None:
 
 def _blocks(model: PreTrainedModel) -> Iterator[nn.Module]:
     """What transformers says may run twice."""
+    from transformers.modeling_layers import GradientCheckpointingLayer  # half imported while we register with transformers
+
     return (m for m in model.modules() if isinstance(m, GradientCheckpointingLayer))
 
 

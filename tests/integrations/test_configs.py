@@ -38,7 +38,7 @@ RAISES = {
     ),
     "activations": ({"activations": "off"}, r"activations='off' is not allowed; use one of \('dynamic', 'static'\)"),
     "runtime": ({"runtime": "slow"}, r"runtime='slow' is unknown; use one of \('fast', 'small'\)"),
-    "kernel": ({"kernel": "int5"}, r"kernel='int5' is unknown; use one of \[.*'int4', 'int8', 'reference'\], or None"),
+    "kernel": ({"kernel": "int5"}, r"kernel='int5' is unknown; use one of \[.*'int4', 'int8', .*'reference'\], or None"),
     "symmetric": ({"symmetric": "no"}, r"symmetric='no' is not allowed; use one of \(True, False, None\)"),
     "minimum of symmetric": (
         {"minimum": True, "symmetric": True},

@@ -173,7 +173,7 @@ def _make_all(root: Path) -> None:
     (root / "jobs.json").write_text(json.dumps(jobs))
     paths = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    command = [sys.executable, "-c", RELOAD, str(root / "jobs.json")]
+    command = [sys.executable, "-P", "-c", RELOAD, str(root / "jobs.json")]
     subprocess.run(command, env=environment, check=True, timeout=300)
     reloaded = {case.id: torch.load(root / f"{case.id}.pt", weights_only=False) for case in CASES}
     torch.save((made, reloaded), root / "found.pt")

@@ -47,7 +47,7 @@ def found(tmp_path_factory) -> dict[str, str]:
             jobs[str(folder)] = classes
     (root / "jobs.json").write_text(json.dumps(jobs))
     environment = {**os.environ, "OPTIMUM_ZSAQ_AUTOLOAD": "0"}
-    command = [sys.executable, "-c", LOAD, str(root / "jobs.json"), str(root / "found.json")]
+    command = [sys.executable, "-P", "-c", LOAD, str(root / "jobs.json"), str(root / "found.json")]
     subprocess.run(command, env=environment, check=True, timeout=300, capture_output=True)
     results = json.loads((root / "found.json").read_text())
     assert results.pop("plugin") is False
