@@ -82,8 +82,8 @@ class QuantizeCommand(Command):
         parser.add_argument(
             "--learning-rate",
             type=float,
-            help="zsaq, mrem: of the weights (default: zsaq by the bits, 3e-4 to 3e-5; mrem 3e-4, from 4 bits on 1e-4, "
-            "decoders 3e-5)",
+            help="zsaq, mrem: of the weights (default: zsaq by the bits, 3e-4 to 3e-5; mrem 3e-4, from 4 bits on and for "
+            "decoders 1e-4)",
         )
         parser.add_argument("--rho", type=float, help="zsaq: radius of SAM, 0 for none (default: 0)")
         parser.add_argument("--generator", help="zsaq: noise, teacher, or a causal language model (default: auto)")

@@ -42,8 +42,8 @@ _DEFAULTS = {
         "sequence_length": 256,
         "start_samples": 64,
         "output_weight": 0.0,  # logits at every position take many times the memory of a state
-        "learning_rate": 3e-5,
-        "scale_learning_rate": 3e-5,
+        "learning_rate": 1e-4,
+        "scale_learning_rate": 1e-6,  # groups have step sizes of some 0.01
     },
 }
 _RATES = {False: 3e-4, True: 1e-4}  # by whether weights have 4 bits or more
@@ -69,7 +69,8 @@ class MREMConfig(LowBitConfig):
         parallel (`bool`): False: one stage after the other, each on the outputs of the quantized stages before it (MREM-S).
             True: all stages at once, fed by queues (MREM-P); under torchrun each process trains one or more of them.
         learning_rate, scale_learning_rate (`float`, *optional*): of the weights, and of the step sizes of weights and
-            static inputs; None: 3e-4 below 4 bits, where more is to be won, else 1e-4; of decoders 3e-5.
+            static inputs; None: 3e-4 below 4 bits, where more is to be won, else 1e-4; of decoders 1e-4
+            and 1e-6.
         targets (`str`), output_weight (`float`, *optional*): which outputs are learned, see `ReconstructionSettings`; None:
             a weight of 1, of decoders 0.
         start (`str`): "compensated": the codes from which a stage's training starts make up for each other's errors;

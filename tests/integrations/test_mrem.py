@@ -345,12 +345,13 @@ class TestRefused:
         assert (settings.learning_rate, settings.scale_learning_rate) == (rate, rate)
         assert MREMConfig(weight_bits=bits, learning_rate=1e-3).settings(1).learning_rate == 1e-3
 
-    @pytest.mark.parametrize(("decoder", "rate", "weight"), [(False, 3e-4, 1.0), (True, 3e-5, 0.0)])
-    def test_rates_and_outputs_go_with_the_kind_of_model(self, decoder, rate, weight):
+    @pytest.mark.parametrize(("decoder", "rates", "weight"), [(False, (3e-4, 3e-4), 1.0), (True, (1e-4, 1e-6), 0.0)])
+    def test_rates_and_outputs_go_with_the_kind_of_model(self, decoder, rates, weight):
         settings = MREMConfig(weight_bits=3).sized(decoder).settings(1)
-        assert (settings.learning_rate, settings.scale_learning_rate, settings.output_weight) == (rate, rate, weight)
+        assert (settings.learning_rate, settings.scale_learning_rate) == rates
+        assert settings.output_weight == weight
         asked = MREMConfig(weight_bits=3, learning_rate=1e-3, output_weight=0.5).sized(decoder).settings(1)
-        assert (asked.learning_rate, asked.scale_learning_rate, asked.output_weight) == (1e-3, rate, 0.5)
+        assert (asked.learning_rate, asked.scale_learning_rate, asked.output_weight) == (1e-3, rates[1], 0.5)
 
     def test_is_registered(self):
         assert ALGORITHMS["mrem"] is MREMConfig
