@@ -124,7 +124,7 @@ using FinishFunction = void (*)(float scale, const float* sums, const float* bia
 void portable_finish(float, const float*, const float*, int64_t, void*, int32_t);
 void avx512_finish(float, const float*, const float*, int64_t, void*, int32_t);
 
-// What a processor's kernel is: how it quantizes, which order of codes it reads, and its inner loop.
+// What a processor's kernel is: its inner loop, and the order of codes that it reads.
 struct Kernel {
   RowsFunction rows;
   int64_t at_a_time;      // rows of the weight
