@@ -23,8 +23,8 @@ INTRODUCTION = """# Performance
 Packed models of this package and other packages, timed in one run. Written by `examples/study/performance.py` from the
 results named in each section; the command there measures them again.
 
-All sections were measured before the `native` kernels, which now serve low-bit layers on processors with AVX-512 VNNI: the figures
-of this package are those of the kernels of before.
+All sections were measured before the `native` kernels, which now serve low-bit layers on processors with AVX-512 VNNI:
+the figures of this package are those of the kernels of before.
 
 - Each contestant is a process of its own. Round by round every one runs every workload once, in shuffled order, while the
   others wait.
