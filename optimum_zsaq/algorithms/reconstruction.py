@@ -28,7 +28,9 @@ from .stages import OUTPUTS, Memory, Stage, run_stage
 
 TARGETS = ("all", "last")
 STARTS = ("compensated", "rounding")
+SIZES = ("all", "position")
 MASKS = ("attention_mask", "decoder_attention_mask")
+_SMALLEST = 1e-12  # size of a state that an error is divided by
 
 Batch = dict[str, Any]
 
@@ -46,6 +48,8 @@ class ReconstructionSettings:
         targets (`str`): "all": the state after each block of the stage is learned; "last": that after its last block.
         output_weight (`float`): of the error of the model's own outputs (logits, or pooler and last state), which the
             last stage learns too; 0: only block outputs are learned, and a head or pooler stays as its start made it.
+        relative_to (`str`): what an error is divided by: "all": the size of the outputs at all positions together;
+            "position": that at its own position, so that one huge state does not outweigh the others.
         max_norm (`float`): gradients are clipped to this 2-norm.
         autocast (`torch.dtype`, *optional*): of the matmuls, such as bfloat16; weights and optimizer stay float32.
         start (`str`): "compensated": before a stage is trained, its codes are made to make up for each other's errors
@@ -69,6 +73,7 @@ class ReconstructionSettings:
     scale_learning_rate: float = 3e-4
     targets: str = "all"
     output_weight: float = 1.0
+    relative_to: str = "all"
     max_norm: float = 1.0
     autocast: torch.dtype | None = None
     start: str = "compensated"
@@ -94,18 +99,21 @@ class ReconstructionSettings:
             raise ValueError(f"output_weight={self.output_weight!r} is not allowed; use a number of at least 0")
         if not (isinstance(self.forcing, int | float) and 0.0 <= self.forcing <= 1.0):
             raise ValueError(f"forcing={self.forcing!r} is no share of the steps; use a number from 0 to 1")
-        for name, allowed in (("targets", TARGETS), ("start", STARTS)):
+        for name, allowed in (("targets", TARGETS), ("start", STARTS), ("relative_to", SIZES)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown; use one of {allowed}")
 
 
-def reconstruction_error(found: dict[str, Tensor], wanted: dict[str, Tensor], batch: Batch, output_weight: float) -> Tensor:
-    """The sum over what is wanted of |found - wanted|^2 / |wanted|^2, both taken over all positions together.
+def reconstruction_error(
+    found: dict[str, Tensor], wanted: dict[str, Tensor], batch: Batch, output_weight: float, relative_to: str = "all"
+) -> Tensor:
+    """The sum over what is wanted of |found - wanted|^2 / |wanted|^2.
 
     Args:
         found, wanted (`dict[str, Tensor]`): see `stages.run_stage`; what is not wanted does not count.
         batch (`dict`): what the model was called with; positions where a mask of their shape is 0 are left out.
         output_weight (`float`): of the model's own outputs.
+        relative_to (`str`): "all": both are taken over all positions together; "position": the mean over the positions.
 
     Shapes: (B, L, D) or (B, D) each -> () float32.
     """
@@ -117,7 +125,11 @@ def reconstruction_error(found: dict[str, Tensor], wanted: dict[str, Tensor], ba
         if masks:
             counts = torch.stack(masks).bool().all(dim=0)
             error, size = error[counts], size[counts]
-        total = total + (output_weight if name in OUTPUTS else 1.0) * error.sum() / size.sum().clamp(min=1e-12)
+        if relative_to == "position":
+            relative = (error / size.clamp(min=_SMALLEST)).mean()
+        else:
+            relative = error.sum() / size.sum().clamp(min=_SMALLEST)
+        total = total + (output_weight if name in OUTPUTS else 1.0) * relative
     return total
 
 
@@ -169,7 +181,8 @@ class StageTraining:
                 p.requires_grad_(True)
             with torch.autocast(trained[0].device.type, dtype) if dtype else nullcontext():
                 states, kept = run_stage(self.student, self.stage, batch, memory)
-            error = reconstruction_error(states, wanted, batch, self.settings.output_weight)
+            settings = self.settings
+            error = reconstruction_error(states, wanted, batch, settings.output_weight, settings.relative_to)
             value = error.item()
             if not math.isfinite(value):
                 raise FloatingPointError(

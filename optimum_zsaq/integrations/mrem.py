@@ -18,6 +18,7 @@ _SETTINGS = {
     "scale_learning_rate": None,
     "targets": "all",
     "output_weight": None,
+    "relative_to": None,
     "start": "auto",
     "queue": 8,
     "forcing": 0.5,
@@ -36,17 +37,18 @@ _OWN = {
 }
 # What None stands for. Decoders: long sequences without padding, and gently; ours, docs/methods/language_models.md
 _DEFAULTS = {
-    False: {"batch_size": 32, "sequence_length": 128, "start_samples": 256, "output_weight": 1.0},
+    False: {"batch_size": 32, "sequence_length": 128, "start_samples": 256, "output_weight": 1.0, "relative_to": "all"},
     True: {
         "batch_size": 8,
         "sequence_length": 256,
         "start_samples": 64,
         "output_weight": 0.0,  # logits at every position take many times the memory of a state
-        "learning_rate": 1e-4,
+        "relative_to": "position",  # the first token's state is some hundred times as large as the others
         "scale_learning_rate": 1e-6,  # groups have step sizes of some 0.01
     },
 }
-_RATES = {False: 3e-4, True: 1e-4}  # by whether weights have 4 bits or more
+_RATES = {False: {2: 3e-4, 3: 3e-4}, True: {2: 1e-3, 3: 3e-4}}  # by the bits of a weight; more is to be won at few
+_USUAL_RATE = 1e-4
 _NOT_STORED = ("state", "cache_limit", "offload", "timeout")
 
 
@@ -69,10 +71,11 @@ class MREMConfig(LowBitConfig):
         parallel (`bool`): False: one stage after the other, each on the outputs of the quantized stages before it (MREM-S).
             True: all stages at once, fed by queues (MREM-P); under torchrun each process trains one or more of them.
         learning_rate, scale_learning_rate (`float`, *optional*): of the weights, and of the step sizes of weights and
-            static inputs; None: 3e-4 below 4 bits, where more is to be won, else 1e-4; of decoders 1e-4
-            and 1e-6.
+            static inputs; None: 3e-4 below 4 bits, where more is to be won, else 1e-4; of decoders 1e-3, 3e-4 and 1e-4
+            at 2, 3 and more bits, and 1e-6 of step sizes.
         targets (`str`), output_weight (`float`, *optional*): which outputs are learned, see `ReconstructionSettings`; None:
             a weight of 1, of decoders 0.
+        relative_to (`str`, *optional*): what their errors are relative to, see there; None: "all", of decoders "position".
         start (`str`): "compensated": the codes from which a stage's training starts make up for each other's errors;
             "rounding": each weight is rounded on its own; "auto": "rounding" for ternary weights and for 2 bits with one
             scale a matrix, where it is better, else "compensated".
@@ -167,6 +170,8 @@ class MREMConfig(LowBitConfig):
         for name, value in _DEFAULTS[decoder].items():
             if getattr(self, name) is None and not (generated and name == "sequence_length"):  # as ZSAQ has it
                 setattr(found, name, value)
+        if found.learning_rate is None:
+            found.learning_rate = _RATES[decoder].get(self.weight_bits, _USUAL_RATE)
         return found
 
     def settings(self, stages: int) -> ReconstructionSettings:
@@ -174,9 +179,9 @@ class MREMConfig(LowBitConfig):
         sizes = self.sized(False)
         batches = -(-sizes.start_samples // sizes.batch_size)
         own = {**{name: getattr(self, name) for name in _SETTINGS}, "start": self._start()}
-        own["output_weight"] = sizes.output_weight
+        own |= {"output_weight": sizes.output_weight, "relative_to": sizes.relative_to}
         for name in ("learning_rate", "scale_learning_rate"):
-            own[name] = _RATES[self.weight_bits >= 4] if own[name] is None else own[name]
+            own[name] = _RATES[False].get(self.weight_bits, _USUAL_RATE) if own[name] is None else own[name]
         cache = None if self.cache_limit is None else int(self.cache_limit * 2**30)
         return ReconstructionSettings(stages=stages, start_batches=batches, cache=cache, seed=self.seed, **own)
 

@@ -1,6 +1,8 @@
 """How a checkpoint was made: measured on load, and written down. Provenance: nothing here is needed to read a model."""
 
+import logging
 import os
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +13,16 @@ from transformers.utils.logging import tqdm
 
 from .. import __version__
 from ..algorithms.calibration import calibrate, float_inputs
+from ..algorithms.hard_inputs import free_hard_inputs
 from ..surgery import low_bit_layers
 from .configs import LowBitConfig
 from .data import Batch, describe_data, text_batches
 from .forms import sampled_batches
+
+
+logger = logging.getLogger(__name__)
+
+_LOOKED_AT = 2  # batches on which hard inputs are found
 
 
 def calibration_batches(model: PreTrainedModel, config: LowBitConfig) -> tuple[list[Batch], dict[str, Any]]:
@@ -51,8 +59,18 @@ def calibrate_on_load(
         with float_inputs(model):
             batches, data = calibration_batches(model, config)
     watched = tqdm(batches, desc="Calibrating input ranges", unit="batch", leave=False)
-    calibrate(model, watched, ranges="minmax" if config.ranges == "minmax" else "mse")
+    find_input_ranges(model, config, watched, batches)
     return data
+
+
+def find_input_ranges(
+    model: PreTrainedModel, config: LowBitConfig, batches: Iterable[Batch], again: Sequence[Batch]
+) -> None:
+    """Store static input ranges, and give layers whose inputs 8 bits cannot hold so a range a token, which is logged."""
+    calibrate(model, batches, ranges="minmax" if config.ranges == "minmax" else "mse")
+    freed = free_hard_inputs(model, again[:: max(1, len(again) // _LOOKED_AT)][:_LOOKED_AT])
+    if freed:
+        logger.info("Inputs that one range of 8 bits cannot hold have a range a token: %s", ", ".join(freed))
 
 
 def write_recipe(model: PreTrainedModel, config: LowBitConfig, data: dict[str, Any] | None) -> None:

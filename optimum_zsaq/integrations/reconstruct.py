@@ -17,7 +17,6 @@ import torch.distributed as dist
 from transformers import PreTrainedModel
 from transformers.utils.logging import tqdm
 
-from ..algorithms.calibration import calibrate
 from ..algorithms.offload import OffloadedBlocks
 from ..algorithms.parallel import ParallelReconstruction
 from ..algorithms.pipeline import PipelineReconstruction
@@ -36,6 +35,7 @@ from .data import (
 )
 from .forms import missing_forms, writes_text
 from .mrem import ZERO_SHOT, MREMConfig
+from .recipe import find_input_ranges
 from .rounding import look_at_inputs
 from .state import PipelineState, TrainingState
 from .zero_shot import (
@@ -139,7 +139,7 @@ def start_reconstruction(
     teacher = copy.deepcopy(model, shared)
     prepare(model, scheme, ranges, energies)
     if any(m.spec.inputs and m.spec.inputs.granularity == "tensor" for _, m in low_bit_layers(model)):
-        calibrate(model, batches, ranges="minmax" if config.ranges == "minmax" else "mse")
+        find_input_ranges(model, config, batches, batches)
     stages = config.stages or max(1, min(_STAGES, len(found)))
     settings = replace(
         config.settings(stages),

@@ -109,6 +109,11 @@ class LowBitLayer:
             self.input_scale.copy_(scale)
             self.input_zero_point.copy_(zero_point)
 
+    def free_input_range(self) -> None:
+        """Give each token a range of its own instead of the stored one."""
+        self.spec = replace(self.spec, inputs=replace(self.spec.inputs, granularity="token"))
+        self._new_input_tensors()
+
     def quantize_inputs(self, x: Tensor) -> Tensor:
         """The input as the layer's scheme sees it. Shapes: x (..., I) -> (..., I), in x's dtype."""
         return quantize_inputs(x, self.spec.inputs, self.input_scale, self.input_zero_point)

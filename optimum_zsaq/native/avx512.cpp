@@ -282,7 +282,7 @@ ZSAQ_TARGET void few_tokens(const Weight& weight, const Token* tokens, int64_t c
 
 constexpr int kBlock = 32;           // rows of the weight
 constexpr int kQuads = kStep / 4;    // of four codes, in a step
-constexpr int kTile = 4;             // tokens
+constexpr int kTile = 4, kTileOfOne = 8;  // tokens; more where all columns are one group
 constexpr int64_t kManyTokens = 12;  // from here on widening into the cache pays
 
 struct Block {
@@ -433,8 +433,9 @@ ZSAQ_INLINE void tile(const Weight& weight, const Block& block, const Token* tok
   const ZsaqWeight& layer = *weight.layer;
   const int64_t parts = (layer.columns + 31) / 32;
   const int64_t each = LEVELS < 0 ? parts : int64_t{1} << (LEVELS < 0 ? 0 : LEVELS);  // parts of 32 columns in a group
-  alignas(64) float a[kLanes][COUNT][kBlock];
-  if (weight.groups < kLanes) std::memset(a[weight.groups], 0, (kLanes - weight.groups) * sizeof a[0]);
+  constexpr bool kOne = LEVELS < 0;  // one group, whose sum needs no others beside it
+  alignas(64) float a[kOne ? 1 : kLanes][COUNT][kBlock];
+  const int lanes = static_cast<int>(weight.groups < kLanes ? weight.groups : kLanes);
   for (int64_t g = 0; g < weight.groups; ++g) {
     __m512i s[COUNT][2];
     for (auto& of_token : s) of_token[0] = of_token[1] = _mm512_setzero_si512();
@@ -460,7 +461,7 @@ ZSAQ_INLINE void tile(const Weight& weight, const Block& block, const Token* tok
       for (int half = 0; half < 2; ++half) {
         const int64_t at = g * kBlock + 16 * half;
         const __m512 whole = whole_sums<LEVELS, SHIFT>(weight, block, tokens[i], g, at, s[i][half]);
-        float* into = a[g % kLanes][i] + 16 * half;
+        float* into = a[kOne ? 0 : g % kLanes][i] + 16 * half;
         __m512 sum = g < kLanes ? _mm512_setzero_ps() : _mm512_load_ps(into);
         sum = _mm512_fmadd_ps(_mm512_loadu_ps(block.scales.data() + at), whole, sum);
         if (SHIFT == ZSAQ_MINIMUM)
@@ -470,10 +471,12 @@ ZSAQ_INLINE void tile(const Weight& weight, const Block& block, const Token* tok
   }
   for (int i = 0; i < COUNT; ++i)
     for (int half = 0; half < 2; ++half) {
-      __m512 b[8];
-      for (int j = 0; j < 8; ++j)
-        b[j] = _mm512_add_ps(_mm512_load_ps(a[j][i] + 16 * half), _mm512_load_ps(a[j + 8][i] + 16 * half));
-      for (int n = 4; n; n /= 2)
+      __m512 b[8];  // partial sums that no group adds to are zero
+      for (int j = 0; j < 8; ++j) {
+        b[j] = j < lanes ? _mm512_load_ps(a[kOne ? 0 : j][i] + 16 * half) : _mm512_setzero_ps();
+        b[j] = _mm512_add_ps(b[j], j + 8 < lanes ? _mm512_load_ps(a[kOne ? 0 : j + 8][i] + 16 * half) : _mm512_setzero_ps());
+      }
+      for (int n = kOne ? 0 : 4; n; n /= 2)
         for (int j = 0; j < n; ++j) b[j] = _mm512_add_ps(b[j], b[j + n]);
       const int64_t left = width - 16 * half;
       const __mmask16 mask = left >= 16 ? 0xffff : left > 0 ? static_cast<__mmask16>((1 << left) - 1) : 0;
@@ -483,8 +486,9 @@ ZSAQ_INLINE void tile(const Weight& weight, const Block& block, const Token* tok
 
 template <int BITS, int LEVELS, int SHIFT>
 ZSAQ_INLINE void tiles(const Weight& weight, const Block& block, const Token* tokens, int64_t count, int64_t width, float* sums) {
+  constexpr int kEach = LEVELS < 0 ? kTileOfOne : kTile;
   int64_t t = 0;
-  for (; t + kTile <= count; t += kTile) tile<BITS, LEVELS, SHIFT, kTile>(weight, block, tokens + t, width, sums + t * width);
+  for (; t + kEach <= count; t += kEach) tile<BITS, LEVELS, SHIFT, kEach>(weight, block, tokens + t, width, sums + t * width);
   for (; t < count; ++t) tile<BITS, LEVELS, SHIFT, 1>(weight, block, tokens + t, width, sums + t * width);
 }
 

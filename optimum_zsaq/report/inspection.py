@@ -15,7 +15,7 @@ from ..integrations.tasks import load_config, model_class
 from ..kernels import choose_kernel
 from ..layers import LowBitLayer, PackedEmbedding, PackedLinear
 from ..size import measure_size
-from ..surgery import skeleton
+from ..surgery import low_bit_layers, skeleton
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,8 @@ def inspect_checkpoint(path: str) -> dict[str, Any]:
 
     Returns:
         `dict`: "model", "architecture", "packed", "layers" (of `LayerReport` fields), "bytes" (of each part, of the files,
-        and the ratio of the files to the parts), "memory" (bytes that the weights take by runtime), "recipe".
+        and the ratio of the files to the parts), "memory" (bytes that the weights take by runtime), "dynamic" (share of
+        the multiply-adds of layers with quantized inputs whose ranges are found a token), "recipe".
 
     Raises:
         ValueError: there is no checkpoint, or it is damaged.
@@ -66,6 +67,7 @@ def inspect_checkpoint(path: str) -> dict[str, Any]:
         "layers": [asdict(layer) for layer in _layers(model)],
         "bytes": {**parts, "headers": on_disk - tensors, "on_disk": on_disk, "ratio": on_disk / _needed(parts)},
         "memory": _memory(model),
+        "dynamic": _dynamic_share(model),
         "recipe": low_bit.recipe if low_bit else None,
     }
 
@@ -125,6 +127,16 @@ def _layer(name: str, module: nn.Module) -> LayerReport:
         bytes=count,
         tied=module.owner is not module,
     )
+
+
+def _dynamic_share(model: nn.Module) -> float | None:
+    """Of multiply-adds, as far as inputs are quantized; None: no input is."""
+    sizes: dict[str, int] = {}
+    for _, layer in low_bit_layers(model):
+        if layer.spec.inputs is not None:
+            kind = layer.spec.inputs.granularity
+            sizes[kind] = sizes.get(kind, 0) + layer.shape[0] * layer.shape[1]
+    return sizes.get("token", 0) / sum(sizes.values()) if sizes else None
 
 
 def _is_packed(module: nn.Module) -> bool:

@@ -124,7 +124,7 @@ class TestOneLayer:
         weight, x = torch.randn(ROWS, COLUMNS), correlated() * torch.where(torch.arange(COLUMNS) % 5 == 0, 20.0, 1.0)
         given, spec = moments(x, x), LayerSpec(QuantSpec(2, "group", 8, **FORMS["minimum"]))
         found, expected = low_bit(weight, spec), low_bit(weight, spec)
-        compensate_layer(found, *given, CompensationSettings(ranges="energy"))
+        compensate_layer(found, *given, CompensationSettings(ranges="energy", rounds=0))
         expected.find_ranges("energy", given[0].diagonal())
         assert not torch.equal(expected.weight_scale, low_bit(weight, spec).weight_scale)
         compensate_layer(expected, *given, CompensationSettings())
@@ -498,6 +498,7 @@ class TestErrors:
             ("damping", float("nan"), "damping=nan is not allowed"),
             ("damping", "some", "damping='some' is not allowed"),
             ("block", 0, "block=0 is no count of columns; use at least 1"),
+            ("rounds", -1, "rounds=-1 is no count; use 0 or more"),
             ("block", -128, "block=-128 is no count of columns"),
             ("block", 1.5, "block=1.5 is no count of columns"),
             ("ranges", "mse", "ranges=.mse. is not allowed; use .energy., or None"),

@@ -261,6 +261,17 @@ class TestError:
         expected = 4.0 + 1.0 + 0.5 * 1.0
         assert reconstruction_error(found, states, batch, 0.5).item() == pytest.approx(expected)
 
+    def test_a_huge_state_outweighs_others_only_where_all_are_one_sum(self):
+        batch, wanted = toy_batches(1)[0], torch.randn(3, 6, 8)
+        wanted[:, 0] *= 1000.0
+        found = wanted.clone()
+        found[:, 1:] *= 3.0
+        error = {of: reconstruction_error({"b": found}, {"b": wanted}, batch, 1.0, of).item() for of in ("all", "position")}
+        counts = batch["attention_mask"].bool()
+        expected = torch.tensor([0.0, 4.0, 4.0, 4.0, 4.0, 4.0]).expand(3, 6)[counts].mean().item()
+        assert error["all"] < 0.001
+        assert error["position"] == pytest.approx(expected, rel=1e-5)
+
     def test_decoder_positions_have_a_mask_of_their_own(self):
         batch = {"attention_mask": torch.ones(2, 5), "decoder_attention_mask": torch.tensor([[1, 0, 0], [1, 1, 0]])}
         wanted = torch.ones(2, 3, 4)

@@ -345,13 +345,18 @@ class TestRefused:
         assert (settings.learning_rate, settings.scale_learning_rate) == (rate, rate)
         assert MREMConfig(weight_bits=bits, learning_rate=1e-3).settings(1).learning_rate == 1e-3
 
-    @pytest.mark.parametrize(("decoder", "rates", "weight"), [(False, (3e-4, 3e-4), 1.0), (True, (1e-4, 1e-6), 0.0)])
-    def test_rates_and_outputs_go_with_the_kind_of_model(self, decoder, rates, weight):
-        settings = MREMConfig(weight_bits=3).sized(decoder).settings(1)
-        assert (settings.learning_rate, settings.scale_learning_rate) == rates
-        assert settings.output_weight == weight
-        asked = MREMConfig(weight_bits=3, learning_rate=1e-3, output_weight=0.5).sized(decoder).settings(1)
-        assert (asked.learning_rate, asked.scale_learning_rate, asked.output_weight) == (1e-3, rates[1], 0.5)
+    @pytest.mark.parametrize(("bits", "rate"), [(2, 1e-3), (3, 3e-4), (4, 1e-4), (8, 1e-4)])
+    def test_decoders_have_rates_and_an_error_of_their_own(self, bits, rate):
+        settings = MREMConfig(weight_bits=bits).sized(True).settings(1)
+        assert (settings.learning_rate, settings.scale_learning_rate) == (rate, 1e-6)
+        assert (settings.output_weight, settings.relative_to) == (0.0, "position")
+        other = MREMConfig(weight_bits=bits).sized(False).settings(1)
+        assert (other.output_weight, other.relative_to) == (1.0, "all")
+        asked = (
+            MREMConfig(weight_bits=bits, learning_rate=2e-3, output_weight=0.5, relative_to="all").sized(True).settings(1)
+        )
+        assert (asked.learning_rate, asked.scale_learning_rate) == (2e-3, 1e-6)
+        assert (asked.output_weight, asked.relative_to) == (0.5, "all")
 
     def test_is_registered(self):
         assert ALGORITHMS["mrem"] is MREMConfig

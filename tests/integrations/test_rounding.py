@@ -15,6 +15,7 @@ from optimum_zsaq.integrations.forms import sampled_batches
 from optimum_zsaq.integrations.rounding import SEQUENCES
 from optimum_zsaq.kinds import kind_of
 from optimum_zsaq.layers.fake import _FakeQuant
+from optimum_zsaq.report.inspection import inspect_checkpoint
 from optimum_zsaq.surgery import low_bit_layers, select
 
 
@@ -94,6 +95,28 @@ def test_fake_quantized_and_static(tmp_path):
     ranges = [layer.input_scale for _, layer in low_bit_layers(static) if layer.spec.inputs is not None]
     assert ranges
     assert all(torch.isfinite(scale).all() for scale in ranges)
+
+
+def test_hard_inputs_have_ranges_a_token_and_come_back_so(monkeypatch, tmp_path, caplog):
+    """Everything counts as hard here; tiny models have nothing of the kind."""
+    monkeypatch.setattr("optimum_zsaq.algorithms.hard_inputs._HARD", 0.0)
+    monkeypatch.setattr("optimum_zsaq.algorithms.hard_inputs._BETTER", 2.0)
+    make("llama-tied").save_pretrained(tmp_path / "float")
+    make_tokenizer().save_pretrained(tmp_path / "float")
+    with caplog.at_level("INFO", "optimum_zsaq.integrations.recipe"):
+        model = load(tmp_path / "float", tf.LlamaForCausalLM, activations="static", calibration_samples=8)
+    layers = {n: m for n, m in low_bit_layers(model) if m.spec.inputs is not None}
+    freed = [name for name, layer in layers.items() if layer.spec.inputs.granularity == "token"]
+    sizes = {name: layer.shape[0] * layer.shape[1] for name, layer in layers.items()}
+    assert 0 < sum(sizes[name] for name in freed) <= 0.05 * sum(sizes.values())
+    assert all(name in caplog.text for name in freed)
+    assert all(layers[name].input_scale is None for name in freed)
+    model.save_pretrained(tmp_path / "low")
+    again = tf.LlamaForCausalLM.from_pretrained(tmp_path / "low").eval()
+    assert {n: m.spec for n, m in low_bit_layers(again)} == {n: m.spec for n, m in low_bit_layers(model)}
+    assert torch.equal(logits(exactly(again)), logits(exactly(model)))
+    found = inspect_checkpoint(str(tmp_path / "low"))
+    assert found["dynamic"] == pytest.approx(sum(sizes[name] for name in freed) / sum(sizes.values()))
 
 
 def test_the_texts_of_static_ranges_stay_in_the_recipe(tmp_path):
