@@ -44,10 +44,8 @@ class InspectCommand(Command):
         rows = layers if self.args.all else group_layers(result["layers"])
         print(table(("layer", "n", "shape", "weights", "inputs", "outliers", "kernel", "bytes"), map(_row, rows)))
         if result["dynamic"] and result["dynamic"] < 1.0:
-            print(
-                f"\n{100 * result['dynamic']:.1f} % of the multiply-adds read inputs with a range a token, which one stored range"
-            )
-            print("cannot hold; the others a stored range")
+            share = f"{100 * result['dynamic']:.1f} %"
+            print(f"\n{share} of the multiply-adds have inputs that one stored range cannot hold: they have one a token")
         print("\non disk")
         sizes = result["bytes"]
         for part, title in _PARTS.items():
