@@ -239,8 +239,8 @@ def smooth(model: nn.Module, links: Iterable[Link], energies: Mapping[str, Tenso
         if link.layers[0] not in energies:
             continue
         energy = energies[link.layers[0]].float()
-        logs = power / 2 * energy.clamp(min=_SMALLEST * energy.mean().item() + 1e-12).log2()
-        factors = (logs - logs.mean()).round().exp2()
+        logs = power / 2 * energy.clamp(min=_SMALLEST * energy.mean().item() + 1e-12).log()
+        factors = (logs - logs.mean()).exp()
         _move(model, link, factors)
         found |= {name: energies[name] / factors.square() for name in link.layers if name in energies}
     return found
