@@ -13,7 +13,7 @@ from .zsaq import AUTOCASTS, SHORTEST
 
 ZERO_SHOT = "zero-shot"
 _SETTINGS = {
-    "steps": 120,
+    "steps": None,
     "learning_rate": None,
     "scale_learning_rate": None,
     "targets": "all",
@@ -37,8 +37,16 @@ _OWN = {
 }
 # What None stands for. Decoders: long sequences without padding, and gently; ours, docs/methods/language_models.md
 _DEFAULTS = {
-    False: {"batch_size": 32, "sequence_length": 128, "start_samples": 256, "output_weight": 1.0, "relative_to": "all"},
+    False: {
+        "steps": 120,
+        "batch_size": 32,
+        "sequence_length": 128,
+        "start_samples": 256,
+        "output_weight": 1.0,
+        "relative_to": "all",
+    },
     True: {
+        "steps": 60,
         "batch_size": 8,
         "sequence_length": 256,
         "start_samples": 64,
@@ -63,7 +71,7 @@ class MREMConfig(LowBitConfig):
             data. The model's own tokenizer reads it. Needed to quantize; never stored.
         calibration_samples (`int`): sequences used of it, from its beginning.
         stages (`int`, *optional*): into how many the model is cut; None: 4, or as many as it has blocks.
-        steps (`int`): of each stage.
+        steps (`int`, *optional*): of each stage; None: 120, of decoders 60.
         batch_size (`int`, *optional*): sequences a step; None: 32, of decoders 8. Batches are of texts of about the same
             length. A decoder's texts stand one behind the other, cut into sequences of one length.
         sequence_length (`int`, *optional*): tokens of a text that count, of a decoder those of a sequence; None: 128, of
@@ -179,7 +187,7 @@ class MREMConfig(LowBitConfig):
         sizes = self.sized(False)
         batches = -(-sizes.start_samples // sizes.batch_size)
         own = {**{name: getattr(self, name) for name in _SETTINGS}, "start": self._start()}
-        own |= {"output_weight": sizes.output_weight, "relative_to": sizes.relative_to}
+        own |= {name: getattr(sizes, name) for name in _SETTINGS if name in _DEFAULTS[False]}
         for name in ("learning_rate", "scale_learning_rate"):
             own[name] = _RATES[False].get(self.weight_bits, _USUAL_RATE) if own[name] is None else own[name]
         cache = None if self.cache_limit is None else int(self.cache_limit * 2**30)

@@ -349,9 +349,9 @@ class TestRefused:
     def test_decoders_have_rates_and_an_error_of_their_own(self, bits, rate):
         settings = MREMConfig(weight_bits=bits).sized(True).settings(1)
         assert (settings.learning_rate, settings.scale_learning_rate) == (rate, 1e-6)
-        assert (settings.output_weight, settings.relative_to) == (0.0, "position")
+        assert (settings.output_weight, settings.relative_to, settings.steps) == (0.0, "position", 60)
         other = MREMConfig(weight_bits=bits).sized(False).settings(1)
-        assert (other.output_weight, other.relative_to) == (1.0, "all")
+        assert (other.output_weight, other.relative_to, other.steps) == (1.0, "all", 120)
         asked = (
             MREMConfig(weight_bits=bits, learning_rate=2e-3, output_weight=0.5, relative_to="all").sized(True).settings(1)
         )
