@@ -72,9 +72,7 @@ class QuantizeCommand(Command):
         parser.add_argument("--calibration-data", help=_DATA_HELP)
         parser.add_argument("--calibration-samples", type=int, help="texts used of it (default: 128, mrem: 1024)")
         parser.add_argument("--seed", type=int, default=0, help="of sampled or generated token sequences (default: 0)")
-        parser.add_argument(
-            "--steps", type=int, help="zsaq: steps; mrem: of each stage (default: 200; 120, of decoders 60)"
-        )
+        parser.add_argument("--steps", type=int, help="zsaq: all; mrem: of each stage (default: 200; 120, decoders 60)")
         parser.add_argument("--batch-size", type=int, help="zsaq, mrem: sequences a step (default: 16; 32; decoders 8)")
         parser.add_argument(
             "--sequence-length",
@@ -84,7 +82,7 @@ class QuantizeCommand(Command):
         parser.add_argument(
             "--learning-rate",
             type=float,
-            help="zsaq, mrem: of the weights (default: by the bits, zsaq 3e-4 to 3e-5, mrem 3e-4 and 1e-4, of decoders 1e-3 to "
+            help="zsaq, mrem: of the weights (default: by the bits, zsaq 3e-4 to 3e-5, mrem 3e-4 or 1e-4, decoders 1e-3 to "
             "1e-4)",
         )
         parser.add_argument("--rho", type=float, help="zsaq: radius of SAM, 0 for none (default: 0)")
