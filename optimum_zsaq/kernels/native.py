@@ -11,7 +11,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ..native import AVX512, BEST, Input, Weight, best, library
+from ..native import BEST, PORTABLE, Input, Weight, best, library
 from .int8 import Int8
 from .integer_inputs import FEW_ROWS, static_range
 from .packed_tensors import PackedTensors
@@ -34,7 +34,7 @@ class Native:
         self._many = Int8()
 
     def serves(self, x: Tensor, packed: PackedTensors) -> bool:
-        """CPUs with AVX-512 VNNI; 2, 3, 4 and 8 bits, one scale for a row or the matrix, groups of 32, 64, 128."""
+        """CPUs with AVX2 or AVX-512 VNNI; 2, 3, 4 and 8 bits, one scale for a row or the matrix, groups of 32, 64, 128."""
         weight = packed.spec.weight
         return (
             x.device.type == "cpu"
@@ -62,7 +62,7 @@ class Native:
 @torch.compiler.assume_constant_result
 def runs() -> bool:
     """Whether the kernels are built and this processor has what makes them fast."""
-    return library() is not None and best() == AVX512
+    return library() is not None and best() != PORTABLE
 
 
 def native_linear(x: Tensor, packed: PackedTensors, bias: Tensor | None, isa: int = BEST) -> Tensor:

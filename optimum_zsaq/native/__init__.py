@@ -8,7 +8,7 @@ from pathlib import Path
 
 logger = logging.getLogger(__name__)
 
-BEST, PORTABLE, AVX512 = 0, 1, 2  # instruction sets
+BEST, PORTABLE, AVX512, AVX2 = 0, 1, 2, 3  # instruction sets
 
 
 class Weight(ctypes.Structure):
@@ -50,3 +50,9 @@ def best() -> int:
     """The instruction set that kernels use on this processor; `PORTABLE` without kernels, too."""
     kernels = library()
     return PORTABLE if kernels is None else kernels.zsaq_best_isa()
+
+
+def has(isa: int) -> bool:
+    """Whether the kernels have an instruction set on this processor."""
+    kernels = library()
+    return kernels is not None and bool(kernels.zsaq_has_isa(isa))

@@ -116,15 +116,29 @@ inline float sum_by_halves(const float* a) {
 // Rows [from, to) of the weight times all tokens; sums (tokens, to - from) float, before scale and bias.
 using RowsFunction = void (*)(const Weight&, const Token*, int64_t tokens, int64_t from, int64_t to, float* sums);
 
-void portable_rows(const Weight&, const Token*, int64_t, int64_t, int64_t, float*);
-
 // One token's outputs y[i] = fma(scale, sums[i], bias[i]), rounded to `type`; bias may be null.
 using FinishFunction = void (*)(float scale, const float* sums, const float* bias, int64_t count, void* y, int32_t type);
 
-void portable_finish(float, const float*, const float*, int64_t, void*, int32_t);
-void avx512_finish(float, const float*, const float*, int64_t, void*, int32_t);
+// Codes of one row of inputs, in their natural order; gives scale and zero point in the token.
+using QuantizeFunction = void (*)(const ZsaqInput&, int64_t columns, const float* x, uint8_t* codes, Token*);
 
-// What a processor's kernel is: its inner loop, and the order of codes that it reads.
+// The same as digits, one row of them after the other, `padded` apart.
+using DigitsFunction = void (*)(int digits, int64_t columns, const float* x, int64_t padded, uint8_t* codes, Token*);
+
+inline int32_t fixed_offset(int digits) { return digits == 4 ? static_cast<int32_t>(0x80808080u) : 0x808080; }
+inline float highest_fixed(int digits) { return digits == 4 ? 2139062016.0f : 8355584.0f; }  // a float32 that fits
+
+void portable_finish(float, const float*, const float*, int64_t, void*, int32_t);
+void portable_quantize(const ZsaqInput&, int64_t, const float*, uint8_t*, Token*);
+void portable_digits(int, int64_t, const float*, int64_t, uint8_t*, Token*);
+void avx2_finish(float, const float*, const float*, int64_t, void*, int32_t);
+void avx2_quantize(const ZsaqInput&, int64_t, const float*, uint8_t*, Token*);
+void avx2_digits(int, int64_t, const float*, int64_t, uint8_t*, Token*);
+void avx512_finish(float, const float*, const float*, int64_t, void*, int32_t);
+void avx512_quantize(const ZsaqInput&, int64_t, const float*, uint8_t*, Token*);
+void avx512_digits(int, int64_t, const float*, int64_t, uint8_t*, Token*);
+
+// What multiplies a weight: an inner loop, and the order of codes that it reads.
 struct Kernel {
   RowsFunction rows;
   int64_t at_a_time;      // rows of the weight
@@ -132,16 +146,20 @@ struct Kernel {
   void (*arrange)(const uint8_t* codes, int64_t padded, uint8_t* out);
 };
 
-bool avx512_kernel(const Weight&, int64_t tokens, Kernel*);  // whether it serves this weight
-bool avx512_runs();
-inline int32_t fixed_offset(int digits) { return digits == 4 ? static_cast<int32_t>(0x80808080u) : 0x808080; }
-inline float highest_fixed(int digits) { return digits == 4 ? 2139062016.0f : 8355584.0f; }  // a float32 that fits
+// An instruction set. `choose` says whether it serves a weight, and how.
+struct Isa {
+  ZsaqIsa name;
+  bool (*runs)();
+  bool (*choose)(const Weight&, int64_t tokens, Kernel*);
+  QuantizeFunction quantize;
+  DigitsFunction digits;
+  FinishFunction finish;
+};
 
-// Codes of one row of inputs, before they are put in order; of digits one row after the other, `padded` apart. Gives scale and
-// zero point in the token.
-void digits_of_input(int digits, int64_t columns, const float* x, int64_t padded, uint8_t* codes, Token*);
-void avx512_digits(int digits, int64_t columns, const float* x, int64_t padded, uint8_t* codes, Token*);
-void quantize_input(const ZsaqInput&, int64_t columns, const float* x, uint8_t* codes, Token*);
-void avx512_quantize(const ZsaqInput&, int64_t columns, const float* x, uint8_t* codes, Token*);
+bool portable_kernel(const Weight&, int64_t tokens, Kernel*);
+bool avx2_kernel(const Weight&, int64_t tokens, Kernel*);
+bool avx512_kernel(const Weight&, int64_t tokens, Kernel*);
+bool avx2_runs();
+bool avx512_runs();
 
 }  // namespace zsaq

@@ -25,8 +25,22 @@ const float* as_float(const void* x, int64_t start, int64_t count, int32_t type,
   return room->data();
 }
 
-void prepare(const Weight& weight, const ZsaqInput& input, const Kernel& kernel, bool fast, const void* x, int64_t count,
-             int32_t type, Inputs* in) {
+// The best first.
+const Isa kIsas[] = {
+    {ZSAQ_AVX512, avx512_runs, avx512_kernel, avx512_quantize, avx512_digits, avx512_finish},
+    {ZSAQ_AVX2, avx2_runs, avx2_kernel, avx2_quantize, avx2_digits, avx2_finish},
+    {ZSAQ_PORTABLE, [] { return true; }, portable_kernel, portable_quantize, portable_digits, portable_finish},
+};
+
+// The one that is asked for; null where it does not run.
+const Isa* find_isa(int32_t wanted) {
+  for (const Isa& isa : kIsas)
+    if ((wanted == ZSAQ_BEST || wanted == isa.name) && isa.runs()) return &isa;
+  return nullptr;
+}
+
+void prepare(const Weight& weight, const ZsaqInput& input, const Kernel& kernel, const Isa& isa, const void* x,
+             int64_t count, int32_t type, Inputs* in) {
   const ZsaqWeight& layer = *weight.layer;
   const int64_t columns = layer.columns, padded = (columns + kStep - 1) / kStep * kStep;
   const int64_t groups = (weight.groups + kLanes - 1) / kLanes * kLanes, digits = input.digits ? input.digits : 1;
@@ -39,9 +53,9 @@ void prepare(const Weight& weight, const ZsaqInput& input, const Kernel& kernel,
     const float* values = as_float(x, t * columns, columns, type, &in->x);
     Token found;
     if (input.digits)
-      (fast ? avx512_digits : digits_of_input)(input.digits, columns, values, padded, in->natural.data(), &found);
+      isa.digits(input.digits, columns, values, padded, in->natural.data(), &found);
     else
-      (fast ? avx512_quantize : quantize_input)(input, columns, values, in->natural.data(), &found);
+      isa.quantize(input, columns, values, in->natural.data(), &found);
     for (int64_t d = 0; d < digits; ++d) {
       Token& token = in->tokens[t * digits + d];
       token = found;
@@ -77,23 +91,23 @@ void combine(int64_t digits, int64_t width, float* sums) {
 
 }  // namespace zsaq
 
-ZSAQ_EXPORT int32_t zsaq_best_isa() { return zsaq::avx512_runs() ? ZSAQ_AVX512 : ZSAQ_PORTABLE; }
+ZSAQ_EXPORT int32_t zsaq_best_isa() { return zsaq::find_isa(ZSAQ_BEST)->name; }
+
+ZSAQ_EXPORT int32_t zsaq_has_isa(int32_t isa) { return zsaq::find_isa(isa) != nullptr; }
 
 ZSAQ_EXPORT int32_t zsaq_linear(const ZsaqWeight* layer, const ZsaqInput* input, const void* x, int64_t tokens_given,
                                 const void* bias, int32_t bias_type, void* y, int32_t type, int32_t threads, int32_t isa) {
   using namespace zsaq;
   const Weight weight(layer);
-  const Kernel portable = {portable_rows, 16, nullptr};
-  Kernel kernel = portable;
-  if (isa == ZSAQ_AVX512 && !avx512_runs()) return -1;
-  const bool fast = isa != ZSAQ_PORTABLE && avx512_runs();
+  const Isa* found = find_isa(isa);
+  if (!found) return -1;
+  Kernel kernel;
   const int64_t digits = input->digits ? input->digits : 1, count = tokens_given * digits;
-  if (fast && !avx512_kernel(weight, count, &kernel)) kernel = portable;
+  if (!found->choose(weight, count, &kernel)) portable_kernel(weight, count, &kernel);
   thread_local Inputs in;
-  prepare(weight, *input, kernel, fast, x, tokens_given, type, &in);
+  prepare(weight, *input, kernel, *found, x, tokens_given, type, &in);
   const Token* tokens = in.tokens.data();
   const float* plus = bias ? as_float(bias, 0, layer->rows, bias_type, &in.bias) : nullptr;
-  const FinishFunction finish = fast ? avx512_finish : portable_finish;
   const int64_t size = type == ZSAQ_FLOAT32 ? 4 : 2;
   const int64_t rows = layer->rows, pieces = (rows + kernel.at_a_time - 1) / kernel.at_a_time;
   const int64_t work = rows * layer->columns * count;
@@ -106,7 +120,7 @@ ZSAQ_EXPORT int32_t zsaq_linear(const ZsaqWeight* layer, const ZsaqInput* input,
     for (int64_t t = 0; t < tokens_given; ++t) {
       float* of_token = sums.data() + t * digits * (to - from);
       combine(digits, to - from, of_token);
-      finish(tokens[t * digits].scale, of_token, plus ? plus + from : nullptr, to - from,
+      found->finish(tokens[t * digits].scale, of_token, plus ? plus + from : nullptr, to - from,
              static_cast<char*>(y) + (t * rows + from) * size, type);
     }
   });

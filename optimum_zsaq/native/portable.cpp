@@ -1,6 +1,7 @@
 // Plain C++: every scheme on every processor, and the order of roundings that the others are compared with.
 #include <algorithm>
 
+#include "inputs.h"
 #include "layout.h"
 
 namespace zsaq {
@@ -32,9 +33,7 @@ int32_t dot(const uint8_t* q, int32_t zero, const int8_t* c, int64_t count) {
   return products - zero * sum;
 }
 
-}  // namespace
-
-void portable_rows(const Weight& weight, const Token* tokens, int64_t count, int64_t from, int64_t to, float* sums) {
+void rows_of_any(const Weight& weight, const Token* tokens, int64_t count, int64_t from, int64_t to, float* sums) {
   const ZsaqWeight& layer = *weight.layer;
   std::vector<int8_t> codes(layer.columns);
   for (int64_t row = from; row < to; ++row) {
@@ -63,57 +62,23 @@ void portable_rows(const Weight& weight, const Token* tokens, int64_t count, int
   }
 }
 
+}  // namespace
+
+bool portable_kernel(const Weight&, int64_t, Kernel* kernel) {
+  *kernel = {rows_of_any, 16, nullptr};
+  return true;
+}
+
 void portable_finish(float scale, const float* sums, const float* bias, int64_t count, void* y, int32_t type) {
-  for (int64_t i = 0; i < count; ++i) store(y, i, type, std::fma(scale, sums[i], bias ? bias[i] : 0.0f));
+  finish_outputs(scale, sums, bias, count, y, type);
 }
 
-void digits_of_input(int digits, int64_t columns, const float* x, int64_t padded, uint8_t* codes, Token* token) {
-  const float highest = highest_fixed(digits);
-  float largest = 0.0f;
-  bool finite = true;
-  for (int64_t i = 0; i < columns; ++i) {
-    const float size = std::fabs(x[i]);
-    largest = size > largest ? size : largest;
-    finite = finite && std::isfinite(x[i]);
-  }
-  token->zero = 128;
-  token->scale = finite ? largest / highest : NAN;
-  const float scale = finite && token->scale > 0.0f ? token->scale : 1.0f;
-  if (finite) token->scale = scale;
-  for (int64_t i = 0; i < columns; ++i) {
-    float value = std::nearbyint(finite ? x[i] / scale : 0.0f);
-    value = value > highest ? highest : value < -highest ? -highest : value;
-    const uint32_t fixed = static_cast<uint32_t>(static_cast<int32_t>(value)) + static_cast<uint32_t>(fixed_offset(digits));
-    for (int d = 0; d < digits; ++d) codes[d * padded + i] = static_cast<uint8_t>(fixed >> (8 * (digits - 1 - d)));
-  }
+void portable_digits(int digits, int64_t columns, const float* x, int64_t padded, uint8_t* codes, Token* token) {
+  make_digits(digits, columns, x, padded, codes, token);
 }
 
-void quantize_input(const ZsaqInput& input, int64_t columns, const float* x, uint8_t* codes, Token* token) {
-  const float highest = static_cast<float>(input.highest);
-  float low = 0.0f, high = 0.0f, scale = input.scale, zero = static_cast<float>(input.zero);
-  if (!input.is_static) {
-    bool finite = true;
-    for (int64_t i = 0; i < columns; ++i) {
-      low = x[i] < low ? x[i] : low;
-      high = x[i] > high ? x[i] : high;
-      finite = finite && std::isfinite(x[i]);
-    }
-    scale = (high - low) / highest;
-    if (!finite || !std::isfinite(scale)) {
-      token->scale = NAN;
-      token->zero = 0;
-      std::memset(codes, 0, columns);
-      return;
-    }
-    if (scale == 0.0f) scale = 1.0f;
-    zero = std::nearbyint(-low / scale);
-  }
-  for (int64_t i = 0; i < columns; ++i) {
-    const float code = std::nearbyint(x[i] / scale) + zero;
-    codes[i] = static_cast<uint8_t>(code > 0.0f ? (code < highest ? code : highest) : 0.0f);  // NaN becomes 0
-  }
-  token->scale = scale;
-  token->zero = static_cast<int32_t>(zero);
+void portable_quantize(const ZsaqInput& input, int64_t columns, const float* x, uint8_t* codes, Token* token) {
+  make_codes(input, columns, x, codes, token);
 }
 
 }  // namespace zsaq

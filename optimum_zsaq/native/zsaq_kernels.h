@@ -10,7 +10,7 @@
 
 enum ZsaqType : int32_t { ZSAQ_FLOAT32 = 0, ZSAQ_BFLOAT16 = 1, ZSAQ_FLOAT16 = 2 };
 enum ZsaqShift : int32_t { ZSAQ_SYMMETRIC = 0, ZSAQ_ZERO_POINT = 1, ZSAQ_MINIMUM = 2 };
-enum ZsaqIsa : int32_t { ZSAQ_BEST = 0, ZSAQ_PORTABLE = 1, ZSAQ_AVX512 = 2 };
+enum ZsaqIsa : int32_t { ZSAQ_BEST = 0, ZSAQ_PORTABLE = 1, ZSAQ_AVX512 = 2, ZSAQ_AVX2 = 3 };
 
 // One packed weight (rows, columns).
 struct ZsaqWeight {
@@ -42,3 +42,6 @@ ZSAQ_EXPORT int32_t zsaq_linear(const ZsaqWeight* weight, const ZsaqInput* input
 
 // The instruction set that ZSAQ_BEST means on this processor.
 ZSAQ_EXPORT int32_t zsaq_best_isa();
+
+// 1 where this build and processor have an instruction set, else 0.
+ZSAQ_EXPORT int32_t zsaq_has_isa(int32_t isa);

@@ -11,7 +11,7 @@ from kernel_cases import INPUTS, compare, packed_weight
 from optimum_zsaq.kernels import KERNELS, choose_kernel, packed_linear
 from optimum_zsaq.kernels.native import native_linear
 from optimum_zsaq.kernels.prepacked import all_prepacked
-from optimum_zsaq.native import AVX512, PORTABLE, best
+from optimum_zsaq.native import AVX2, AVX512, PORTABLE, best, has
 from optimum_zsaq.ops.affine import expand_slices
 from optimum_zsaq.spec import LayerSpec, QuantSpec
 
@@ -28,7 +28,9 @@ SHAPES = ((1, 32), (3, 129), (33, 576), (17, 1), (20, 1537), (5, 512))  # (rows,
 ROWS = (1, 5, 14, 9, 33, 40)
 
 native = KERNELS["native"]
-needs_avx512 = pytest.mark.skipif(best() != AVX512, reason="a processor without AVX-512 VNNI")
+needs_fast = pytest.mark.skipif(best() == PORTABLE, reason="a processor without AVX2")
+ISAS = {PORTABLE: "portable C++", AVX2: "AVX2", AVX512: "AVX-512 VNNI"}
+ISAS = [pytest.param(i, id=n, marks=pytest.mark.skipif(not has(i), reason=f"no {n} here")) for i, n in ISAS.items()]
 
 
 def inputs_of(rows: int, columns: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -45,12 +47,13 @@ def test_results_do_not_depend_on_how_they_are_computed(spec, inputs):
         packed = packed_weight(rows, columns, LayerSpec(spec, INPUTS[inputs]), seed=turn)
         x, bias = inputs_of(count, columns), torch.randn(rows) if turn % 2 else None
         found = native_linear(x, packed, bias, PORTABLE)
-        try:
-            torch.set_num_threads(2)
-            assert torch.equal(native_linear(x, packed, bias), found)
-        finally:
-            torch.set_num_threads(threads)
-        assert torch.equal(torch.cat([native_linear(row, packed, bias) for row in x.split(1)]), found)
+        for isa in filter(has, (AVX2, AVX512)):
+            try:
+                torch.set_num_threads(2)
+                assert torch.equal(native_linear(x, packed, bias, isa), found), isa
+            finally:
+                torch.set_num_threads(threads)
+            assert torch.equal(torch.cat([native_linear(row, packed, bias, isa) for row in x.split(1)]), found), isa
         assert (error_of(found, x, packed, bias) <= 1e-6).all(), (rows, columns)
 
 
@@ -64,7 +67,7 @@ def error_of(found, x, packed, bias):
     return (found - (terms[0] @ terms[1] + bias)).abs() / size.clamp(min=1e-30)
 
 
-@needs_avx512
+@needs_fast
 @pytest.mark.parametrize("inputs", INPUTS)
 @pytest.mark.parametrize("spec", SPECS, ids=spec_id)
 def test_is_the_reference(spec, inputs):
@@ -95,7 +98,7 @@ def test_float16_at_its_ends():
             assert torch.equal(native_linear(x, packed, bias), bias.to(dtype).view(1, 1)), value
 
 
-@pytest.mark.parametrize("isa", [PORTABLE, pytest.param(AVX512, marks=needs_avx512)])
+@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("columns", [3, 700])
 def test_tokens_that_are_not_finite(isa, columns):
     """They alone are NaN; where the range is stored, NaN has no code."""
@@ -108,7 +111,7 @@ def test_tokens_that_are_not_finite(isa, columns):
     assert native_linear(x, packed_weight(5, columns, LayerSpec(QuantSpec(4), STATIC)), None, isa).isfinite().all()
 
 
-@needs_avx512
+@needs_fast
 class TestUse:
     def test_schemes_dtypes_and_devices(self):
         x = torch.randn(2, 64)

@@ -5,7 +5,7 @@ import platform
 import subprocess
 import sys
 
-from optimum_zsaq.native import AVX512, PORTABLE, best, library
+from optimum_zsaq.native import AVX2, AVX512, PORTABLE, best, has, library
 
 
 def test_is_built():
@@ -15,8 +15,10 @@ def test_is_built():
 def test_takes_the_best_instructions_there_are():
     flags = open("/proc/cpuinfo").read().split() if os.path.exists("/proc/cpuinfo") else []
     wanted = {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vbmi", "avx512_vnni", "avx512_bitalg"}
-    able = platform.machine() == "x86_64" and wanted <= set(flags)
-    assert best() == (AVX512 if able else PORTABLE)
+    intel = platform.machine() == "x86_64"
+    able = {AVX512: intel and wanted <= set(flags), AVX2: intel and {"avx2", "fma"} <= set(flags), PORTABLE: True}
+    assert {isa: has(isa) for isa in able} == able
+    assert best() == next(isa for isa, there in able.items() if there)
 
 
 CHILD = """
@@ -49,7 +51,7 @@ import ctypes, mmap, torch
 from conformance import DYNAMIC
 from kernel_cases import packed_weight
 from optimum_zsaq.kernels import native
-from optimum_zsaq.native import PORTABLE, best
+from optimum_zsaq.native import AVX2, AVX512, PORTABLE, has
 from optimum_zsaq.spec import LayerSpec, QuantSpec
 
 libc, page, kept, empty = ctypes.CDLL(None, use_errno=True), mmap.PAGESIZE, [], torch.empty
@@ -83,10 +85,10 @@ for bits in (2, 3, 4, 5, 8):
                 for count, dtype in ((1, torch.float32), (5, torch.bfloat16), (13, torch.float16)):
                     x, bias = at_the_end(torch.randn(count, columns).to(dtype)), at_the_end(torch.randn(rows).to(dtype))
                     torch.empty = lambda *shape, dtype: at_the_end(empty(*shape, dtype=dtype).fill_(torch.nan))
-                    y = native.native_linear(x, packed, bias)
-                    z = native.native_linear(x, packed, bias, PORTABLE)
+                    isas = [isa for isa in (PORTABLE, AVX2, AVX512) if has(isa)]
+                    found = [native.native_linear(x, packed, bias, isa) for isa in isas]
                     torch.empty = empty
-                    assert torch.equal(y, z)
+                    assert all(torch.equal(found[0], y) for y in found)
         kept.clear()
 print("within")
 """
