@@ -26,10 +26,15 @@ class Input(ctypes.Structure):
     _fields_ = (*[(name, ctypes.c_int32) for name in ("digits", "highest", "is_static", "zero")], ("scale", ctypes.c_float))
 
 
+def _built() -> list[Path]:
+    folder = Path(__file__).parent
+    return sorted(folder.glob("_kernels*.so")) + sorted(folder.glob("_kernels*.pyd"))
+
+
 @lru_cache
 def library() -> ctypes.CDLL | None:
     """The kernels; None where the package was installed without a compiler."""
-    found = sorted(Path(__file__).parent.glob("_kernels*.so")) + sorted(Path(__file__).parent.glob("_kernels*.pyd"))
+    found = _built()
     if not found:
         logger.warning(
             "The C++ kernels were not built, for want of a compiler, and others serve: install one, and the package anew"

@@ -2,8 +2,11 @@
 
 import os
 import platform
+import shutil
 import subprocess
 import sys
+
+import pytest
 
 from optimum_zsaq.native import AVX2, AVX512, PORTABLE, best, has, library
 
@@ -99,3 +102,45 @@ def test_reads_and_writes_nothing_outside(pytestconfig):
     code = f"import sys; sys.path[:0] = [{str(pytestconfig.rootpath / 'tests')!r}]\n{GUARDED}"
     done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, timeout=300)
     assert done.stdout.strip() == "within", (done.returncode, done.stderr)
+
+
+SANITIZED = """
+import random, torch
+from pathlib import Path
+from optimum_zsaq import native as home
+home._built = lambda: [Path(LIBRARY)]
+from conformance import DYNAMIC, STATIC
+from kernel_cases import packed_weight
+from optimum_zsaq.kernels.native import native_linear
+from optimum_zsaq.native import AVX2, AVX512, PORTABLE, has
+from optimum_zsaq.spec import LayerSpec, QuantSpec
+
+draw, half = random.Random(0), {"symmetric": False, "minimum": True, "scale_bits": 16}
+layouts = [("row", None), ("tensor", None), ("group", 32), ("group", 64), ("group", 128), ("group", 17)]
+for turn in range(400):
+    (name, size), options = draw.choice(layouts), draw.choice([{}, {"symmetric": False}, half])
+    spec = QuantSpec(draw.choice([2, 3, 4, 5, 8]), name, size, **options)
+    rows, columns, count = draw.randint(1, 70), draw.randint(1, 1100), draw.choice([1, 2, 5, 12, 15, 30])
+    packed = packed_weight(rows, columns, LayerSpec(spec, draw.choice([DYNAMIC, STATIC, None])), seed=turn)
+    dtype = draw.choice([torch.float32, torch.bfloat16, torch.float16])
+    x, bias = torch.randn(count, columns).to(dtype), draw.choice([None, torch.randn(rows)])
+    torch.set_num_threads(draw.choice([1, 2]))
+    found = [native_linear(x, packed, bias, isa) for isa in (PORTABLE, AVX2, AVX512) if has(isa)]
+    assert all(torch.equal(found[0], y) for y in found), (spec, rows, columns, count)
+print("clean")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ to build the kernels with sanitizers")
+def test_address_and_undefined_behaviour_sanitizers_find_nothing(pytestconfig, tmp_path):
+    sources = sorted(map(str, (pytestconfig.rootpath / "optimum_zsaq/native").glob("*.cpp")))
+    library = tmp_path / "kernels.so"
+    flags = ["-std=c++17", "-O1", "-g", "-fPIC", "-shared", "-ffp-contract=off", "-pthread"]
+    flags += ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+    subprocess.run(["g++", *flags, "-o", library, *sources], check=True)
+    runtime = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True)
+    code = f"import sys; sys.path[:0] = [{str(pytestconfig.rootpath / 'tests')!r}]\nLIBRARY = {str(library)!r}\n{SANITIZED}"
+    environment = {**os.environ, "LD_PRELOAD": runtime.stdout.strip(), "ASAN_OPTIONS": "detect_leaks=0"}
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, timeout=600, env=environment)
+    assert done.stdout.strip() == "clean", done.stderr[-3000:]
