@@ -4,6 +4,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from .forms import Batch
 
@@ -76,8 +77,10 @@ def _output_errors(teacher: Any, student: Any, batch: Batch, settings: DistanceS
     mask = batch.get("decoder_attention_mask" if "decoder_input_ids" in batch else "attention_mask")
     if teacher.logits.dim() < 3:
         return _output_discrepancy(teacher.logits, student.logits, settings.output), None
-    pairs = zip(teacher.logits, student.logits, strict=True)  # a vocabulary is large: one sequence at a time
-    return torch.stack([_output_discrepancy(*pair, settings.output) for pair in pairs]), mask
+    # a vocabulary is large: one sequence at a time, and its softmax anew for the backward pass
+    pairs = zip(teacher.logits, student.logits, strict=True)
+    errors = [checkpoint(_output_discrepancy, *pair, settings.output, use_reentrant=False) for pair in pairs]
+    return torch.stack(errors), mask
 
 
 def _hidden_errors(teacher: Any, student: Any, batch: Batch) -> list[tuple[Tensor, Tensor | None]]:

@@ -24,7 +24,7 @@ from ..surgery import pack, prepare
 from .checkpoint import is_read
 from .closing import ROUNDED, TRAINED
 from .data import tokenizer_or_none, uncached_batch
-from .forms import input_mixture, longest_sequence, make_inputs, vocabulary_prior
+from .forms import input_mixture, longest_sequence, make_inputs, vocabulary_prior, writes_text
 from .recipe import calibrate_on_load, calibration_batches
 from .rounding import SEQUENCES, SMOOTHED, check_finite, look_at_inputs
 from .state import TrainingState
@@ -41,9 +41,9 @@ _PROBE_SEED = 2**20  # added to the seed of training
 
 
 def sized(config: ZSAQConfig, model: PreTrainedModel) -> ZSAQConfig:
-    """A copy of a config whose counts of sequences are all set, for this model."""
+    """A copy of a config whose values are set where they depend on this model."""
     tokens = {} if model.can_generate() else {"batch_tokens": _BATCH_TOKENS}
-    return config.sized(longest_sequence(model, config.sequence_length), **tokens)
+    return config.sized(longest_sequence(model, config.sequence_length), decoder=writes_text(model), **tokens)
 
 
 def make_generator(teacher: PreTrainedModel, config: ZSAQConfig) -> Generator:

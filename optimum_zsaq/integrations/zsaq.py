@@ -22,8 +22,8 @@ _MINIMAX = {
     "generator_every": 0,
     "generator_learning_rate": 1e-3,
     "entropy": 0.1,
-    "output_weight": 0.0,
-    "hidden_weight": 1.0,
+    "output_weight": None,
+    "hidden_weight": None,
     "sharp_from": 0.0,
 }
 _TOKENS = {"batch_size": 2**10, "written_sequences": 2**16, "start_sequences": 2**14}  # what None stands for, in tokens
@@ -31,6 +31,9 @@ _RATES = {2: (2e-4, 1e-4), 3: (1e-4, 1e-4)}  # of weights and of step sizes, by 
 _ONE_SCALE = (3e-4, 1e-4)  # at 2 bits with one scale a matrix
 _GENTLE = (3e-5, 3e-5)  # from 4 bits on, where there is little to be won; with coarser inputs as at 3 bits
 _COARSE_INPUTS = 4  # bits
+_USUAL = {"output_weight": 0.0, "hidden_weight": 1.0}
+# Of decoders, whose groups have step sizes of some 0.01, and whose outputs are what users read: docs/methods/language_models.md
+_OF_DECODERS = {"output_weight": 1.0, "hidden_weight": 0.0, "learning_rate": 3e-5, "scale_learning_rate": 1e-6}
 _SHARPNESS = {"rho": 0.0, "adaptive": False, "perturb": "quantized"}
 _OWN = {
     "sequence_length": None,
@@ -55,7 +58,7 @@ class ZSAQConfig(LowBitConfig):
             else 128, or what the model has positions for.
         learning_rate, scale_learning_rate (`float`, *optional*): of the weights, and of the step sizes of weights and
             static inputs; None: 2e-4 and 1e-4 at 2 bits (3e-4 with one scale a matrix), both 1e-4 at 3 bits or with inputs
-            of at most 4, else 3e-5.
+            of at most 4, else 3e-5; of decoders 3e-5 and 1e-6.
         generator: "noise": tokens drawn from a guess of how frequent each is; "teacher": what the model itself writes (a
             decoder), or answers to noise (an encoder-decoder model); the path or Hub id of a causal language model, or one
             in memory, which writes text; "auto": "teacher" where the model can write, else "noise"; or
@@ -70,7 +73,8 @@ class ZSAQConfig(LowBitConfig):
         sharp_from (`float`): share of the steps that are made before SAM begins.
         generator_every (`int`), generator_learning_rate (`float`), entropy (`float`): ascent of the generator, see
             `MinimaxSettings`; generator_every=0 leaves it as it starts.
-        output_weight, hidden_weight (`float`): what the discrepancy consists of.
+        output_weight, hidden_weight (`float`, *optional*): what the discrepancy consists of; None: hidden states alone (0 and
+            1), of decoders outputs alone (1 and 0).
         autocast (`str`): dtype of the matmuls while training: "bfloat16", "float32", or "auto": bfloat16 where the
             processor multiplies it. Weights are float32.
         guard (`bool`): give back the best state that is no worse than rounding on inputs of every kind (`Guard`), in the
@@ -127,7 +131,8 @@ class ZSAQConfig(LowBitConfig):
         sharpness = SharpnessSettings(**{name: getattr(self, name) for name in _SHARPNESS})
         given = {name: getattr(self, name) for name in _MINIMAX}
         rate, scale_rate = self._usual_rates()
-        usual = {"batch_size": MinimaxSettings.batch_size, "learning_rate": rate, "scale_learning_rate": scale_rate}
+        usual = {**_USUAL, "batch_size": MinimaxSettings.batch_size}
+        usual |= {"learning_rate": rate, "scale_learning_rate": scale_rate}
         given |= {name: value for name, value in usual.items() if given[name] is None}
         return MinimaxSettings(sharpness=sharpness, **given)
 
@@ -138,17 +143,21 @@ class ZSAQConfig(LowBitConfig):
         coarse_inputs = self.activation_bits is not None and self.activation_bits <= _COARSE_INPUTS
         return _RATES.get(self.weight_bits, _RATES[3] if coarse_inputs else _GENTLE)
 
-    def sized(self, longest: int, batch_tokens: int = _TOKENS["batch_size"]) -> "ZSAQConfig":
-        """A copy whose counts of sequences are all set.
+    def sized(self, longest: int, batch_tokens: int = _TOKENS["batch_size"], decoder: bool = False) -> "ZSAQConfig":
+        """A copy whose values are set where they depend on the model.
 
         Args:
             longest (`int`): tokens of the longest sequence.
             batch_tokens (`int`): tokens of a step, if all sequences were the longest.
+            decoder (`bool`): whether the model is a causal language model.
         """
         found = copy.copy(self)
         for name, tokens in {**_TOKENS, "batch_size": batch_tokens}.items():
             if getattr(self, name) is None:
                 setattr(found, name, max(1, tokens // longest))
+        for name, value in _OF_DECODERS.items() if decoder else ():
+            if getattr(self, name) is None:
+                setattr(found, name, value)
         return found
 
     def to_dict(self) -> dict[str, Any]:

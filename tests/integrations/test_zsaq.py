@@ -72,12 +72,22 @@ class TestMemoryOfModelsThatWrite:
         return [p.grad for p in run.trained], run
 
     def test_the_gradients_are_the_same(self, name):
-        (found, run), (expected, _) = self.gradients(name, True), self.gradients(name, False)
+        hidden = {"output_weight": 0.0, "hidden_weight": 1.0}
+        (found, run), (expected, _) = (self.gradients(name, keep, **hidden) for keep in (True, False))
         counted = [(one, other) for one, other in zip(found, expected, strict=True) if other is not None]
         assert len(counted) > 10
         assert all(torch.equal(one, other) for one, other in counted)
         kept = "logits_to_keep" in inspect.signature(run.student.forward).parameters
         assert run.options == ({"logits_to_keep": 1} if kept else {})
+
+    def test_decoders_learn_their_outputs_gently(self, name):
+        model = make(name)
+        settings = sized(ZSAQConfig(**SHORT), model).settings()
+        found = settings.output_weight, settings.hidden_weight, settings.scale_learning_rate
+        assert found == ((0.0, 1.0, 3e-5) if model.config.is_encoder_decoder else (1.0, 0.0, 1e-6))
+        asked = {"output_weight": 0.5, "hidden_weight": 2.0, "learning_rate": 1e-3, "scale_learning_rate": 1e-2}
+        settings = sized(ZSAQConfig(**SHORT, **asked), model).settings()
+        assert {field: getattr(settings, field) for field in asked} == asked
 
     def test_logits_that_count_are_computed(self, name):
         _, run = self.gradients(name, True, output_weight=1.0)
