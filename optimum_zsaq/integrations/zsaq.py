@@ -32,7 +32,7 @@ _ONE_SCALE = (3e-4, 1e-4)  # at 2 bits with one scale a matrix
 _GENTLE = (3e-5, 3e-5)  # from 4 bits on, where there is little to be won; with coarser inputs as at 3 bits
 _COARSE_INPUTS = 4  # bits
 _USUAL = {"output_weight": 0.0, "hidden_weight": 1.0}
-# Of decoders, whose groups have step sizes of some 0.01, and whose outputs are what users read: docs/methods/language_models.md
+# Of decoders, whose groups have step sizes of some 0.01: our choice, measured in docs/methods/language_models.md
 _OF_DECODERS = {"output_weight": 1.0, "hidden_weight": 0.0, "learning_rate": 3e-5, "scale_learning_rate": 1e-6}
 _SHARPNESS = {"rho": 0.0, "adaptive": False, "perturb": "quantized"}
 _OWN = {
@@ -73,8 +73,8 @@ class ZSAQConfig(LowBitConfig):
         sharp_from (`float`): share of the steps that are made before SAM begins.
         generator_every (`int`), generator_learning_rate (`float`), entropy (`float`): ascent of the generator, see
             `MinimaxSettings`; generator_every=0 leaves it as it starts.
-        output_weight, hidden_weight (`float`, *optional*): what the discrepancy consists of; None: hidden states alone (0 and
-            1), of decoders outputs alone (1 and 0).
+        output_weight, hidden_weight (`float`, *optional*): what the discrepancy consists of; None: hidden states alone
+            (0 and 1), of decoders outputs alone (1 and 0).
         autocast (`str`): dtype of the matmuls while training: "bfloat16", "float32", or "auto": bfloat16 where the
             processor multiplies it. Weights are float32.
         guard (`bool`): give back the best state that is no worse than rounding on inputs of every kind (`Guard`), in the
