@@ -30,8 +30,8 @@ _UNUSED = ("train_dataset", "compute_loss_func", "model_init")
 
 @dataclass
 class ZSAQArguments(TrainingArguments):
-    """`TrainingArguments` and what zero-shot training adds; defaults as in `ZSAQConfig`, whose rates at 3 bits
-    these are; it takes 2e-4 at 2 bits, and gentler ones from 4 bits on.
+    """`TrainingArguments` and what zero-shot training adds; defaults as in `ZSAQConfig`, whose rates for encoders at 3
+    bits these are; it takes 2e-4 at 2 bits, and gentler ones from 4 bits on and for decoders.
 
     A step takes per_device_train_batch_size * gradient_accumulation_steps sequences a process, which are drawn anew for
     each step: there are no epochs, max_steps is the length. Weights are float32; bf16 is the dtype of matmuls.
@@ -71,10 +71,12 @@ class ZSAQArguments(TrainingArguments):
         default=_DEFAULTS.entropy, metadata={"help": "Weight of the entropy of the generator's choices."}
     )
     output_weight: float = field(
-        default=_DEFAULTS.output_weight, metadata={"help": "Weight of the outputs in the discrepancy."}
+        default=MinimaxSettings.output_weight,
+        metadata={"help": "Weight of the outputs in the discrepancy (ZSAQConfig for decoders: 1)."},
     )
     hidden_weight: float = field(
-        default=_DEFAULTS.hidden_weight, metadata={"help": "Weight of the hidden states in the discrepancy."}
+        default=MinimaxSettings.hidden_weight,
+        metadata={"help": "Weight of the hidden states in the discrepancy (ZSAQConfig for decoders: 0)."},
     )
     sequence_length: int | None = field(
         default=_DEFAULTS.sequence_length, metadata={"help": "Tokens of the longest sequence."}
