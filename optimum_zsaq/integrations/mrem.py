@@ -51,6 +51,7 @@ _DEFAULTS = {
         "sequence_length": 256,
         "start_samples": 64,
         "output_weight": 0.0,  # logits at every position take many times the memory of a state
+        "cache_limit": 0.25,
         "relative_to": "position",  # the first token's state is some hundred times as large as the others
         "scale_learning_rate": 1e-6,  # groups have step sizes of some 0.01
     },
@@ -95,7 +96,7 @@ class MREMConfig(LowBitConfig):
             run that was interrupted and is started again with it goes on, bit for bit. It is removed at the end. Not
             stored.
         cache_limit (`float`, *optional*): GiB of activations that MREM-S keeps in memory, what is more lies in a temporary
-            folder; None: all in memory. Not stored.
+            folder; None: all in memory, of decoders 0.25. Not stored.
         offload (`bool`): the float weights of all blocks lie in a temporary folder, and those of one stage at a time are
             in memory: for models that memory does not hold. A stage that is done is packed at once. Not with `parallel`,
             static activations or "zero-shot". Not stored.

@@ -350,8 +350,9 @@ class TestRefused:
         settings = MREMConfig(weight_bits=bits).sized(True).settings(1)
         assert (settings.learning_rate, settings.scale_learning_rate) == (rate, 1e-6)
         assert (settings.output_weight, settings.relative_to, settings.steps) == (0.0, "position", 60)
+        assert settings.cache == 2**28
         other = MREMConfig(weight_bits=bits).sized(False).settings(1)
-        assert (other.output_weight, other.relative_to, other.steps) == (1.0, "all", 120)
+        assert (other.output_weight, other.relative_to, other.steps, other.cache) == (1.0, "all", 120, None)
         asked = (
             MREMConfig(weight_bits=bits, learning_rate=2e-3, output_weight=0.5, relative_to="all").sized(True).settings(1)
         )
