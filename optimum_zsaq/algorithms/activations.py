@@ -1,5 +1,6 @@
 """What passes returned, kept for later: in memory up to a limit, the rest on disk."""
 
+import logging
 import tempfile
 import weakref
 from pathlib import Path
@@ -8,6 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
+
+
+logger = logging.getLogger(__name__)
 
 
 class Kept:
@@ -25,7 +29,8 @@ class Activations:
     """Keeps values made of tensors, tuples and dicts.
 
     Args:
-        limit (`int`, *optional*): bytes of tensors that are held in memory; None: all.
+        limit (`int`, *optional*): bytes of tensors that are held in memory; None: all. Where the disk is full all are,
+            from then on, with a warning.
 
     `used` is how many are held now, `spilled` how many lie on disk, in a temporary folder that goes when this does.
     """
@@ -39,18 +44,27 @@ class Activations:
         """Keep a value; its place is free again when nobody holds what this returns."""
         size = sum(leaf.numel() * leaf.element_size() for leaf in tree_leaves(value) if isinstance(leaf, Tensor))
         if self.limit is None or self.used + size <= self.limit:
-            self.used += size
-            kept = Kept(value)
-            weakref.finalize(kept, self._free, size)
-            return kept
+            return self._hold(value, size)
         if self._folder is None:
             self._folder = tempfile.TemporaryDirectory(prefix="activations-")
         file = Path(self._folder.name) / str(self._count)
         self._count += 1
-        torch.save(value, file)
+        try:
+            torch.save(value, file)
+        except (OSError, RuntimeError) as error:  # torch says RuntimeError where the disk is full
+            file.unlink(missing_ok=True)
+            logger.warning("No room in %s (%s): activations are kept in memory from here on", self._folder.name, error)
+            self.limit = None
+            return self._hold(value, size)
         self.spilled += size
         kept = Kept(file=file)
         weakref.finalize(kept, self._delete, file, size)
+        return kept
+
+    def _hold(self, value: Any, size: int) -> Kept:
+        self.used += size
+        kept = Kept(value)
+        weakref.finalize(kept, self._free, size)
         return kept
 
     def _free(self, size: int) -> None:

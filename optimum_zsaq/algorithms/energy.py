@@ -1,6 +1,6 @@
 """How much each input channel of a layer carries: what the error of a weight is multiplied with."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -22,6 +22,34 @@ def counted(x: Tensor, known: Iterable[Tensor]) -> Tensor:
 
 
 @torch.no_grad()
+def watch_inputs(
+    model: nn.Module,
+    names: Iterable[str],
+    batches: Iterable[Mapping[str, Any]],
+    see: Callable[[str, nn.Module, Tensor], None],
+) -> None:
+    """Call a model with batches, and `see` with a layer's name, the layer and its input (n, I) float32, whenever one runs.
+
+    The model is as it was afterwards, whatever happens; see `counted`.
+    """
+    known: list[Tensor] = []
+
+    def hook(name: str) -> Callable:
+        def before(layer: nn.Module, args: tuple, kwargs: dict) -> None:
+            see(name, layer, counted((args[0] if args else kwargs["input"]).detach(), known).float())
+
+        return before
+
+    hooks = [model.get_submodule(name).register_forward_pre_hook(hook(name), with_kwargs=True) for name in names]
+    try:
+        for batch in batches:
+            known[:] = masks(batch)
+            model(**batch)
+    finally:
+        for handle in hooks:
+            handle.remove()
+
+
 def input_energies(model: nn.Module, names: Iterable[str], batches: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """The mean square of each input channel of some layers, by name; layers that no batch reached are not in it.
 
@@ -34,23 +62,10 @@ def input_energies(model: nn.Module, names: Iterable[str], batches: Iterable[Map
     """
     sums: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
-    known: list[Tensor] = []
 
-    def watch(name: str, layer: nn.Module):
-        def see(_: nn.Module, args: tuple, kwargs: dict) -> None:
-            x = counted((args[0] if args else kwargs["input"]).detach(), known).float()
-            sums[name] = sums.get(name, 0.0) + x.square().sum(dim=0)
-            counts[name] = counts.get(name, 0) + len(x)
+    def see(name: str, _: nn.Module, x: Tensor) -> None:
+        sums[name] = sums.get(name, 0.0) + x.square().sum(dim=0)
+        counts[name] = counts.get(name, 0) + len(x)
 
-        return layer.register_forward_pre_hook(see, with_kwargs=True)
-
-    hooks = [watch(name, model.get_submodule(name)) for name in names]
-    model.eval()
-    try:
-        for batch in batches:
-            known[:] = masks(batch)
-            model(**batch)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    watch_inputs(model.eval(), names, batches, see)
     return {name: total / counts[name] for name, total in sums.items() if counts[name]}

@@ -16,7 +16,7 @@ from ..layers import LowBitLayer
 from ..ops import fake_quantize_tokens
 from ..surgery import low_bit_layers
 from .calibration import float_inputs
-from .energy import counted, masks
+from .energy import watch_inputs
 
 
 _SHARE = 0.05  # of the multiply-adds of all layers with a stored range
@@ -61,10 +61,10 @@ def input_errors(
     """
     sums: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
-    known: list[Tensor] = []
+    specs = {name: layer.spec.inputs for name, layer in layers.items()}
 
-    def look(name: str, layer: LowBitLayer, x: Tensor) -> None:
-        x, weight = counted(x.detach(), known).float(), layer.quantized_weight()
+    def see(name: str, layer: LowBitLayer, x: Tensor) -> None:
+        weight = layer.quantized_weight()
         static = quantize_inputs(x, specs[name], layer.input_scale, layer.input_zero_point)
         found = torch.stack([static, fake_quantize_tokens(x, replace(specs[name], granularity="token"))])
         size = (x @ weight.t()).square().sum(dim=-1)
@@ -72,19 +72,6 @@ def input_errors(
         sums[name] = sums.get(name, 0.0) + error[:, size > 0].sum(dim=-1)
         counts[name] = counts.get(name, 0) + int((size > 0).sum())
 
-    specs = {name: layer.spec.inputs for name, layer in layers.items()}
-    hooks = [
-        layer.register_forward_pre_hook(
-            lambda m, args, kwargs, n=name: look(n, m, args[0] if args else kwargs["input"]), with_kwargs=True
-        )
-        for name, layer in layers.items()
-    ]
-    try:
-        with float_inputs(model):
-            for batch in batches:
-                known[:] = masks(batch)
-                model(**batch)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with float_inputs(model):
+        watch_inputs(model, layers, batches, see)
     return {name: tuple((total / max(1, counts[name])).tolist()) for name, total in sums.items()}

@@ -44,3 +44,17 @@ def test_the_folder_goes_with_it():
     assert folder.exists()
     del kept, store
     assert not folder.exists()
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("PytorchStreamWriter failed")])
+def test_a_full_disk_costs_memory_and_loses_nothing(monkeypatch, caplog, error):
+    def full(*_):
+        raise error
+
+    store = Activations(limit=0)
+    first = store.keep({"a": torch.ones(3)})
+    monkeypatch.setattr(torch, "save", full)
+    second, third = store.keep({"a": torch.zeros(3)}), store.keep({"a": torch.full((3,), 2.0)})
+    assert [kept.get()["a"][0].item() for kept in (first, second, third)] == [1.0, 0.0, 2.0]
+    assert (store.used, store.spilled) == (24, 12)
+    assert caplog.text.count("activations are kept in memory from here on") == 1
