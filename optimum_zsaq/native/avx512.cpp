@@ -1,297 +1,44 @@
-// AVX-512 with VNNI and VBMI: codes stay packed in memory and are widened in registers.
+// AVX-512 with VNNI and VBMI: sixteen rows of the weight at a time, one to each 32-bit lane.
 //
-// A step is 512 columns of one row: 64 * bits bytes, widened into eight registers of 64 codes. Which columns share a
-// register is what is cheapest to widen; inputs are put in the same order once a call. Every 32-bit lane of a product then
-// sums over neighbouring columns, so that sums over groups are sums over neighbouring lanes.
-#include "layout.h"
+// Codes stay packed in memory. What 64 bytes of sixteen rows hold is transposed and widened in registers: four columns of
+// each row to a register, which a product takes with the same four of a token. Where a row is long and there is one token,
+// the shuffles cost more than they save: see avx512_row.cpp.
+#include "avx512.h"
 
-#if defined(__x86_64__) && defined(__GNUC__)
-#include <immintrin.h>
-
-#define ZSAQ_TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512vnni,avx512bitalg,f16c,fma")))
-#define ZSAQ_INLINE ZSAQ_TARGET __attribute__((always_inline)) inline
+#if defined(ZSAQ_AVX512)
+#include <algorithm>
+#include <type_traits>
 
 namespace zsaq {
 
 namespace {
 
-constexpr int kRegisters = 8;  // of 64 codes in a step
-constexpr int kTogether = 4;   // tokens that share a widened step
+constexpr int kRows = 16;           // of the weight, one to each 32-bit lane
+constexpr int kPart = 32;           // columns that are multiplied together: eight quads, a group or a part of one
+constexpr int kQuads = kPart / 4;   // of four columns, the bytes of a lane
+constexpr int kTogether = 4;        // tokens that share a widened part
 
-// Every second byte of two registers, from the first or the second on.
-ZSAQ_INLINE __m512i every_second(__m512i a, __m512i b, int from) {
-  const __m512i mask = _mm512_set1_epi16(0xff);
-  const __m512i low = from ? _mm512_srli_epi16(a, 8) : _mm512_and_si512(a, mask);
-  const __m512i high = from ? _mm512_srli_epi16(b, 8) : _mm512_and_si512(b, mask);
-  return _mm512_permutexvar_epi64(_mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7), _mm512_packus_epi16(low, high));
+// A block is what 64 bytes of a row hold (48 at 3 bits): 16 words of 32 bits.
+constexpr int block_bytes(int bits) { return bits == 3 ? 48 : 64; }
+constexpr int block_columns(int bits) { return block_bytes(bits) * 8 / bits; }
+constexpr int words_of_part(int bits) { return 16 * kPart / block_columns(bits); }
+
+// Within 16 columns, so that those whose codes are widened together follow each other.
+ZSAQ_INLINE void shuffle_bytes(const uint8_t* codes, int64_t padded, uint8_t* out, __m128i order) {
+  const __m512i index = _mm512_maskz_broadcast_i32x4(0xffff, order);
+  for (int64_t i = 0; i < padded; i += 64)
+    _mm512_storeu_si512(out + i, _mm512_shuffle_epi8(_mm512_loadu_si512(codes + i), index));
 }
 
-// Of codes of 4 bits: byte j of a register of packed codes holds columns 2 j and 2 j + 1.
+// Of 4 bits: byte b of a word holds columns 2 b and 2 b + 1.
 ZSAQ_TARGET void arrange4(const uint8_t* codes, int64_t padded, uint8_t* out) {
-  for (int64_t i = 0; i < padded; i += 128) {
-    const __m512i a = _mm512_loadu_si512(codes + i), b = _mm512_loadu_si512(codes + i + 64);
-    _mm512_storeu_si512(out + i, every_second(a, b, 0));
-    _mm512_storeu_si512(out + i + 64, every_second(a, b, 1));
-  }
+  shuffle_bytes(codes, padded, out, _mm_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15));
 }
 
-// Of 3 bits: three bytes hold eight columns, the first four of which go into one register.
-ZSAQ_TARGET void arrange3(const uint8_t* codes, int64_t padded, uint8_t* out) {
-  const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
-  const __m512i odd = _mm512_setr_epi32(1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
-  for (int64_t i = 0; i < padded; i += 128) {
-    const __m512i a = _mm512_loadu_si512(codes + i), b = _mm512_loadu_si512(codes + i + 64);
-    _mm512_storeu_si512(out + i, _mm512_permutex2var_epi32(a, even, b));
-    _mm512_storeu_si512(out + i + 64, _mm512_permutex2var_epi32(a, odd, b));
-  }
-}
-
-// Of 2 bits: byte j holds columns 4 j to 4 j + 3.
+// Of 2 bits: byte b holds columns 4 b to 4 b + 3.
 ZSAQ_TARGET void arrange2(const uint8_t* codes, int64_t padded, uint8_t* out) {
-  for (int64_t i = 0; i < padded; i += 256) {
-    __m512i v[4];
-    for (int k = 0; k < 4; ++k) v[k] = _mm512_loadu_si512(codes + i + 64 * k);
-    for (int from = 0; from < 2; ++from) {
-      const __m512i a = every_second(v[0], v[1], from), b = every_second(v[2], v[3], from);
-      _mm512_storeu_si512(out + i + 64 * from, every_second(a, b, 0));
-      _mm512_storeu_si512(out + i + 64 * (2 + from), every_second(a, b, 1));
-    }
-  }
+  shuffle_bytes(codes, padded, out, _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
 }
-
-// `BYTES` packed codes from `p` on. Not FULL: of which `left` belong to the row; what is beyond reads as zero.
-template <bool FULL, int BYTES>
-ZSAQ_INLINE __m512i read(const uint8_t* p, int64_t left) {
-  if constexpr (FULL && BYTES == 64) return _mm512_loadu_si512(p);
-  const int64_t count = FULL || left > BYTES ? BYTES : left;
-  return count <= 0 ? _mm512_setzero_si512() : _mm512_maskz_loadu_epi8(~0ULL >> (64 - count), p);
-}
-
-template <int BITS, bool FULL>
-struct Widen;
-
-template <bool FULL>
-struct Widen<2, FULL> {
-  static ZSAQ_INLINE void step(const uint8_t* p, int64_t left, __m512i* c) {
-    const __m512i mask = _mm512_set1_epi8(3);
-    for (int b = 0; b < 2; ++b) {
-      const __m512i v = read<FULL, 64>(p + 64 * b, left - 64 * b);
-      c[4 * b] = _mm512_and_si512(v, mask);
-      c[4 * b + 1] = _mm512_and_si512(_mm512_srli_epi16(v, 2), mask);
-      c[4 * b + 2] = _mm512_and_si512(_mm512_srli_epi16(v, 4), mask);
-      c[4 * b + 3] = _mm512_and_si512(_mm512_srli_epi16(v, 6), mask);
-    }
-  }
-};
-
-template <bool FULL>
-struct Widen<3, FULL> {
-  static ZSAQ_INLINE void step(const uint8_t* p, int64_t left, __m512i* c) {
-    // three bytes, eight codes, to each 32-bit lane
-    alignas(64) static const uint8_t spread[64] = {0,  1,  2,  2,  3,  4,  5,  5,  6,  7,  8,  8,  9,  10, 11, 11,
-                                                   12, 13, 14, 14, 15, 16, 17, 17, 18, 19, 20, 20, 21, 22, 23, 23,
-                                                   24, 25, 26, 26, 27, 28, 29, 29, 30, 31, 32, 32, 33, 34, 35, 35,
-                                                   36, 37, 38, 38, 39, 40, 41, 41, 42, 43, 44, 44, 45, 46, 47, 47};
-    const __m512i index = _mm512_load_si512(spread), mask = _mm512_set1_epi8(7);
-    const __m512i low = _mm512_set1_epi64(0x2926232009060300LL), high = _mm512_set1_epi64(0x35322f2c15120f0cLL);
-    for (int b = 0; b < 4; ++b) {
-      const __m512i v = _mm512_permutexvar_epi8(index, read<FULL, 48>(p + 48 * b, left - 48 * b));
-      c[2 * b] = _mm512_and_si512(_mm512_multishift_epi64_epi8(low, v), mask);
-      c[2 * b + 1] = _mm512_and_si512(_mm512_multishift_epi64_epi8(high, v), mask);
-    }
-  }
-};
-
-template <bool FULL>
-struct Widen<4, FULL> {
-  static ZSAQ_INLINE void step(const uint8_t* p, int64_t left, __m512i* c) {
-    const __m512i mask = _mm512_set1_epi8(15);
-    for (int b = 0; b < 4; ++b) {
-      const __m512i v = read<FULL, 64>(p + 64 * b, left - 64 * b);
-      c[2 * b] = _mm512_and_si512(v, mask);
-      c[2 * b + 1] = _mm512_and_si512(_mm512_srli_epi16(v, 4), mask);
-    }
-  }
-};
-
-template <bool FULL>
-struct Widen<8, FULL> {
-  static ZSAQ_INLINE void step(const uint8_t* p, int64_t left, __m512i* c) {
-    const __m512i flip = _mm512_set1_epi8(static_cast<char>(0x80));
-    for (int b = 0; b < 8; ++b) {
-      const int64_t here = left - 64 * b;
-      const __mmask64 inside = FULL || here >= 64 ? ~0ULL : here > 0 ? ~0ULL >> (64 - here) : 0;
-      c[b] = _mm512_maskz_add_epi8(inside, read<FULL, 64>(p + 64 * b, here), flip);
-    }
-  }
-};
-
-// Sums of neighbouring lanes, those of `a` before those of `b`.
-ZSAQ_INLINE __m512i pair_sums(__m512i a, __m512i b) {
-  const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
-  const __m512i odd = _mm512_setr_epi32(1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
-  return _mm512_add_epi32(_mm512_permutex2var_epi32(a, even, b), _mm512_permutex2var_epi32(a, odd, b));
-}
-
-// How many registers have the codes of the same columns, each a part of them.
-constexpr int planes(int bits) { return bits == 2 ? 4 : bits == 8 ? 1 : 2; }
-
-// sum (q - z) c of the lanes of a step: one register for each `planes` of codes, of which the first `used` hold any.
-template <int BITS>
-ZSAQ_INLINE void products(const __m512i* c, const __m512i* total, const uint8_t* q, __m512i zero, int used, __m512i* s) {
-  constexpr int P = planes(BITS);
-  for (int i = 0; i < kRegisters / P; ++i) {
-    if (i >= used) {
-      s[i] = _mm512_setzero_si512();
-      continue;
-    }
-    __m512i sum = _mm512_setzero_si512();
-    for (int p = 0; p < P; ++p) sum = _mm512_dpbusd_epi32(sum, _mm512_loadu_si512(q + 64 * (i * P + p)), c[i * P + p]);
-    s[i] = _mm512_sub_epi32(sum, _mm512_dpbusd_epi32(_mm512_setzero_si512(), zero, total[i]));
-  }
-}
-
-template <int BITS>
-ZSAQ_INLINE void totals(const __m512i* c, __m512i* total) {
-  constexpr int P = planes(BITS);
-  for (int i = 0; i < kRegisters / P; ++i) {
-    total[i] = c[i * P];
-    for (int p = 1; p < P; ++p) total[i] = _mm512_add_epi8(total[i], c[i * P + p]);
-  }
-}
-
-// The sums over the 16 groups of 32 columns of a step.
-template <int BITS>
-ZSAQ_INLINE __m512i group_sums(__m512i* s) {
-  for (int n = kRegisters / planes(BITS); n > 1; n /= 2)
-    for (int i = 0; i < n / 2; ++i) s[i] = pair_sums(s[2 * i], s[2 * i + 1]);
-  return s[0];
-}
-
-ZSAQ_INLINE __m512 scales(const void* values, int64_t i, __mmask16 mask, int32_t type) {
-  if (type == ZSAQ_FLOAT32) return _mm512_maskz_loadu_ps(mask, static_cast<const float*>(values) + i);
-  return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, static_cast<const uint16_t*>(values) + i));
-}
-
-// What sixteen groups add to the partial sums. See layout.h.
-ZSAQ_INLINE __m512 add_groups(const Weight& weight, const Token& token, int64_t first, int64_t g, __m512i s, __m512 a) {
-  const ZsaqWeight& layer = *weight.layer;
-  const int64_t left = weight.groups - g;
-  const __mmask16 mask = left >= kLanes ? 0xffff : static_cast<__mmask16>((1 << left) - 1);
-  if (layer.shift_type == ZSAQ_SYMMETRIC) {
-    const __m512i zero = _mm512_set1_epi32(weight.symmetric_zero);
-    s = _mm512_sub_epi32(s, _mm512_mullo_epi32(zero, _mm512_loadu_si512(token.sums + g)));
-  } else if (layer.shift_type == ZSAQ_ZERO_POINT) {
-    const __m128i bytes = _mm_maskz_loadu_epi8(mask, static_cast<const uint8_t*>(layer.shift) + first + g);
-    const __m512i zero = _mm512_sub_epi32(_mm512_cvtepu8_epi32(bytes), _mm512_set1_epi32(offset_of(layer.bits)));
-    s = _mm512_sub_epi32(s, _mm512_mullo_epi32(zero, _mm512_loadu_si512(token.sums + g)));
-  }
-  const __m512 scale = scales(layer.scale, first + g, mask, layer.scale_type);
-  a = _mm512_fmadd_ps(scale, _mm512_cvtepi32_ps(s), a);
-  if (layer.shift_type == ZSAQ_MINIMUM) {
-    __m512 minimum = scales(layer.shift, first + g, mask, layer.scale_type);
-    if (layer.bits == 8) minimum = _mm512_fmadd_ps(_mm512_set1_ps(128.0f), scale, minimum);
-    a = _mm512_fmadd_ps(minimum, _mm512_loadu_ps(token.float_sums + g), a);
-  }
-  return a;
-}
-
-ZSAQ_INLINE float sum_lanes(__m512 a) {
-  const __m256 b = _mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1));
-  const __m128 c = _mm_add_ps(_mm256_castps256_ps128(b), _mm256_extractf128_ps(b, 1));
-  const __m128 d = _mm_add_ps(c, _mm_movehl_ps(c, c));
-  return _mm_cvtss_f32(_mm_add_ss(d, _mm_movehdup_ps(d)));
-}
-
-// One row of the weight and some tokens. LEVELS: groups are of 32 << LEVELS columns; -1: one group.
-template <int BITS, int LEVELS, int COUNT>
-struct Row {
-  static constexpr int kSums = kRegisters / planes(BITS);       // registers of products
-  static constexpr int kHeld = LEVELS > 0 ? 1 << LEVELS : 1;  // steps that make sixteen groups
-  const Weight& weight;
-  const Token* tokens;
-  const uint8_t* codes;
-  const int64_t first, steps;
-  __m512 a[COUNT];
-  __m512i held[COUNT][kHeld];
-
-  template <bool FULL>
-  ZSAQ_INLINE void take(int64_t step) {
-    __m512i c[kRegisters], total[kSums], s[kSums];
-    const int64_t at = step * 64 * BITS, left = weight.layer->columns - step * kStep;
-    const int used = FULL ? kSums : static_cast<int>((left * kSums + kStep - 1) / kStep);
-    Widen<BITS, FULL>::step(codes + at, weight.row_bytes - at, c);
-    totals<BITS>(c, total);
-    for (int t = 0; t < COUNT; ++t) {
-      const Token& token = tokens[t];
-      const __m512i zero = _mm512_set1_epi8(static_cast<char>(token.zero));
-      products<BITS>(c, total, token.codes + step * kStep, zero, used, s);
-      if constexpr (LEVELS < 0) {
-        for (int i = 0; i < kSums; ++i) held[t][0] = _mm512_add_epi32(held[t][0], s[i]);
-      } else if constexpr (LEVELS == 0) {
-        a[t] = add_groups(weight, token, first, step * kLanes, group_sums<BITS>(s), a[t]);
-      } else {
-        held[t][step % kHeld] = group_sums<BITS>(s);
-        if ((step + 1) % kHeld == 0 || step + 1 == steps) {
-          for (int n = kHeld; n > 1; n /= 2)
-            for (int i = 0; i < n / 2; ++i) held[t][i] = pair_sums(held[t][2 * i], held[t][2 * i + 1]);
-          a[t] = add_groups(weight, token, first, step / kHeld * kLanes, held[t][0], a[t]);
-          for (auto& h : held[t]) h = _mm512_setzero_si512();
-        }
-      }
-    }
-  }
-
-  ZSAQ_INLINE void run(float* sums, int64_t width) {
-    for (int t = 0; t < COUNT; ++t) {
-      a[t] = _mm512_setzero_ps();
-      for (auto& h : held[t]) h = _mm512_setzero_si512();
-    }
-    const int64_t whole = weight.layer->columns / kStep;
-    for (int64_t step = 0; step < whole; ++step) take<true>(step);
-    if (whole < steps) take<false>(whole);
-    for (int t = 0; t < COUNT; ++t) {
-      if constexpr (LEVELS < 0) {
-        const __m512i s = _mm512_maskz_set1_epi32(1, _mm512_reduce_add_epi32(held[t][0]));
-        a[t] = add_groups(weight, tokens[t], first, 0, s, a[t]);
-      }
-      sums[t * width] = sum_lanes(a[t]);
-    }
-  }
-};
-
-template <int BITS, int LEVELS, int COUNT>
-ZSAQ_INLINE void one_row(const Weight& weight, const Token* tokens, int64_t row, float* sums, int64_t width) {
-  const int64_t steps = (weight.layer->columns + kStep - 1) / kStep;
-  Row<BITS, LEVELS, COUNT> one{weight, tokens, weight.codes(row), weight.first(row), steps, {}, {}};
-  one.run(sums, width);
-}
-
-template <int BITS, int LEVELS>
-ZSAQ_TARGET void few_tokens(const Weight& weight, const Token* tokens, int64_t count, int64_t from, int64_t to, float* sums) {
-  const int64_t width = to - from;
-  for (int64_t row = from; row < to; ++row, ++sums) {
-    int64_t t = 0;
-    for (; t + kTogether <= count; t += kTogether)
-      one_row<BITS, LEVELS, kTogether>(weight, tokens + t, row, sums + t * width, width);
-    for (; t < count; ++t) one_row<BITS, LEVELS, 1>(weight, tokens + t, row, sums + t * width, width);
-  }
-}
-
-// Many tokens: 32 rows are widened into the cache, four codes of each row side by side, and multiplied by tile of tokens.
-
-constexpr int kBlock = 32;           // rows of the weight
-constexpr int kQuads = kStep / 4;    // of four codes, in a step
-constexpr int kTile = 4, kTileOfOne = 8;  // tokens; more where all columns are one group
-constexpr int64_t kManyTokens = 12;  // from here on widening into the cache pays
-
-struct Block {
-  std::vector<int8_t> codes;        // (steps, kQuads, kBlock, 4)
-  std::vector<int32_t> sums;        // (groups padded to kLanes, kBlock): of codes; in groups of up to 128 as float
-  std::vector<int32_t> zeros;       // zero points less OFFSET
-  std::vector<float> scales, minima;
-  int8_t rows[16][kStep];
-};
 
 // Sixteen registers of sixteen 32-bit lanes, transposed.
 ZSAQ_INLINE void transpose(__m512i* r) {
@@ -318,140 +65,297 @@ ZSAQ_INLINE void transpose(__m512i* r) {
   }
 }
 
-// Scales, minima or zero points of sixteen rows as (groups, kBlock).
-template <typename Load>
-ZSAQ_INLINE void by_group(const Weight& weight, int64_t row, int64_t to, void* out, Load load_some) {
-  __m512i r[16];
-  for (int64_t g = 0; g < weight.groups; g += kLanes) {
-    const int64_t left = weight.groups - g;
-    const __mmask16 mask = left >= kLanes ? 0xffff : static_cast<__mmask16>((1 << left) - 1);
-    for (int i = 0; i < 16; ++i) r[i] = row + i < to ? load_some(weight.first(row + i) + g, mask) : _mm512_setzero_si512();
-    transpose(r);
-    for (int i = 0; i < 16; ++i) _mm512_storeu_si512(static_cast<int32_t*>(out) + (g + i) * kBlock, r[i]);
+// A block of sixteen rows, from byte `at` of each: word k of all rows in register k. What is beyond a row reads as zero,
+// and so do codes of 8 bits there less their offset.
+template <int BITS>
+ZSAQ_INLINE void read_block(const uint8_t* const* rows, int64_t at, int64_t row_bytes, __m512i* r) {
+  constexpr int kBytes = block_bytes(BITS);
+  const int64_t left = row_bytes - at;
+  const __mmask64 mask = ~0ULL >> (64 - (left < kBytes ? left : kBytes));
+  for (int i = 0; i < kRows; ++i) {
+    r[i] = _mm512_maskz_loadu_epi8(mask, rows[i] + at);
+    if constexpr (BITS == 8) r[i] = _mm512_maskz_add_epi8(mask, r[i], _mm512_set1_epi8(static_cast<char>(0x80)));
+    if constexpr (BITS == 3) {  // three bytes, eight codes, to each word
+      alignas(64) static const uint8_t spread[64] = {0,  1,  2,  2,  3,  4,  5,  5,  6,  7,  8,  8,  9,  10, 11, 11,
+                                                     12, 13, 14, 14, 15, 16, 17, 17, 18, 19, 20, 20, 21, 22, 23, 23,
+                                                     24, 25, 26, 26, 27, 28, 29, 29, 30, 31, 32, 32, 33, 34, 35, 35,
+                                                     36, 37, 38, 38, 39, 40, 41, 41, 42, 43, 44, 44, 45, 46, 47, 47};
+      r[i] = _mm512_permutexvar_epi8(_mm512_load_si512(spread), r[i]);
+    }
+  }
+  transpose(r);
+}
+
+// The codes of a part, four columns of each row to a register.
+template <int BITS>
+ZSAQ_INLINE void widen(const __m512i* w, __m512i* c) {
+  if constexpr (BITS == 2) {
+    const __m512i mask = _mm512_set1_epi8(3);
+    for (int k = 0; k < 2; ++k) {
+      c[4 * k] = _mm512_and_si512(w[k], mask);
+      c[4 * k + 1] = _mm512_and_si512(_mm512_srli_epi16(w[k], 2), mask);
+      c[4 * k + 2] = _mm512_and_si512(_mm512_srli_epi16(w[k], 4), mask);
+      c[4 * k + 3] = _mm512_and_si512(_mm512_srli_epi16(w[k], 6), mask);
+    }
+  } else if constexpr (BITS == 3) {
+    const __m512i low = _mm512_set1_epi64(0x2926232009060300LL), high = _mm512_set1_epi64(0x35322f2c15120f0cLL);
+    const __m512i mask = _mm512_set1_epi8(7);
+    for (int k = 0; k < 4; ++k) {
+      c[2 * k] = _mm512_and_si512(_mm512_multishift_epi64_epi8(low, w[k]), mask);
+      c[2 * k + 1] = _mm512_and_si512(_mm512_multishift_epi64_epi8(high, w[k]), mask);
+    }
+  } else if constexpr (BITS == 4) {
+    const __m512i mask = _mm512_set1_epi8(15);
+    for (int k = 0; k < 4; ++k) {
+      c[2 * k] = _mm512_and_si512(w[k], mask);
+      c[2 * k + 1] = _mm512_and_si512(_mm512_srli_epi16(w[k], 4), mask);
+    }
+  } else {
+    for (int k = 0; k < 8; ++k) c[k] = w[k];
   }
 }
 
-// The quads of group t of 32 columns in a step: P planes of 8 / P neighbouring lanes.
+// The sum of the codes of a part, added to `sum`, a row to a lane.
 template <int BITS>
-constexpr int quad(int t, int k) {
-  constexpr int P = planes(BITS), L = 8 / P, each = 16 / L;
-  return (t / each * P + k / L) * 16 + t % each * L + k % L;
+ZSAQ_INLINE __m512i add_codes(const __m512i* c, __m512i sum) {
+  const __m512i ones = _mm512_set1_epi8(1);
+  if constexpr (BITS == 8) {
+    for (int k = 0; k < kQuads; ++k) sum = _mm512_dpbusd_epi32(sum, ones, c[k]);
+    return sum;
+  }
+  __m512i t[4];  // eight codes of up to 4 bits fit a byte
+  for (int k = 0; k < 4; ++k) t[k] = _mm512_add_epi8(c[k], c[k + 4]);
+  return _mm512_dpbusd_epi32(sum, ones, _mm512_add_epi8(_mm512_add_epi8(t[0], t[1]), _mm512_add_epi8(t[2], t[3])));
 }
+
+ZSAQ_INLINE __m512i four_of(const Token& token, int64_t i) {
+  int32_t four;
+  std::memcpy(&four, token.codes + i, 4);
+  return _mm512_set1_epi32(four);
+}
+
+// Rows of the weight on their way to the product.
+constexpr int kBlock = 32;  // of them
+struct Block {
+  std::vector<float> scales, minima;  // (an even number of groups, kBlock)
+  std::vector<int32_t> zeros;         // zero points less OFFSET
+  std::vector<int32_t> sums;          // of the codes of a group; in groups of up to 128 as float
+  std::vector<int8_t> codes;          // (parts, kQuads, kBlock, 4)
+};
+
+// Scales or minima of sixteen rows as (groups, kBlock) of float.
+template <typename Row>
+ZSAQ_INLINE void by_group(int64_t groups, const void* values, int32_t type, Row first, float* out) {
+  const int each = type == ZSAQ_FLOAT32 ? 1 : 2;  // in a word
+  for (int64_t g = 0; g < groups; g += 16 * each, out += 16 * each * kBlock) {
+    const int64_t left = std::min<int64_t>(groups - g, 16 * each);
+    __m512i r[kRows];
+    for (int i = 0; i < kRows; ++i)
+      r[i] = each == 1 ? _mm512_maskz_loadu_epi32(0xffff >> (16 - left), static_cast<const float*>(values) + first(i) + g)
+                       : _mm512_maskz_loadu_epi16(~0U >> (32 - left), static_cast<const uint16_t*>(values) + first(i) + g);
+    transpose(r);
+    for (int64_t k = 0; k < (left + each - 1) / each; ++k) {
+      if (each == 1) {
+        _mm512_storeu_si512(out + k * kBlock, r[k]);
+        continue;
+      }
+      _mm512_storeu_ps(out + 2 * k * kBlock, _mm512_cvtph_ps(_mm512_cvtepi32_epi16(r[k])));
+      _mm512_storeu_ps(out + (2 * k + 1) * kBlock, _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(r[k], 16))));
+    }
+  }
+}
+
+// Zero points of sixteen rows, less OFFSET, as (groups, kBlock).
+template <typename Row>
+ZSAQ_INLINE void zeros_by_group(const Weight& weight, Row first, int32_t* out) {
+  const __m512i offset = _mm512_set1_epi32(offset_of(weight.layer->bits)), mask = _mm512_set1_epi32(0xff);
+  for (int64_t g = 0; g < weight.groups; g += 64) {
+    const int64_t left = std::min<int64_t>(weight.groups - g, 64);
+    __m512i r[kRows];
+    for (int i = 0; i < kRows; ++i)
+      r[i] = _mm512_maskz_loadu_epi8(~0ULL >> (64 - left), static_cast<const uint8_t*>(weight.layer->shift) + first(i) + g);
+    transpose(r);
+    for (int64_t k = 0; k < left; ++k) {
+      const __m512i bytes = _mm512_srl_epi32(r[k / 4], _mm_cvtsi32_si128(static_cast<int>(k % 4 * 8)));
+      _mm512_storeu_si512(out + (g + k) * kBlock, _mm512_sub_epi32(_mm512_and_si512(bytes, mask), offset));
+    }
+  }
+}
+
+// Sixteen rows' scales and what goes with them, into half a block. A row past the end is the last one.
+template <int BITS>
+ZSAQ_INLINE void read_ranges(const Weight& weight, int64_t row, int64_t to, int half, Block* block) {
+  const ZsaqWeight& layer = *weight.layer;
+  const int64_t size = (weight.groups + 1) / 2 * 2 * kBlock, from = kRows * half;
+  const auto first = [&](int i) ZSAQ_TARGET { return weight.first(std::min(row + i, to - 1)); };
+  block->scales.resize(size);
+  by_group(weight.groups, layer.scale, layer.scale_type, first, block->scales.data() + from);
+  if (layer.shift_type == ZSAQ_MINIMUM) {
+    block->minima.resize(size);
+    by_group(weight.groups, layer.shift, layer.scale_type, first, block->minima.data() + from);
+    for (int64_t at = from; BITS == 8 && at < size; at += kBlock) {
+      const __m512 scale = _mm512_loadu_ps(block->scales.data() + at), minimum = _mm512_loadu_ps(block->minima.data() + at);
+      _mm512_storeu_ps(block->minima.data() + at, _mm512_fmadd_ps(_mm512_set1_ps(128.0f), scale, minimum));
+    }
+  } else if (layer.shift_type == ZSAQ_ZERO_POINT) {
+    block->zeros.resize(size);
+    zeros_by_group(weight, first, block->zeros.data() + from);
+  }
+}
+
+ZSAQ_INLINE void row_addresses(const Weight& weight, int64_t row, int64_t to, const uint8_t** rows) {
+  for (int i = 0; i < kRows; ++i) rows[i] = weight.codes(std::min(row + i, to - 1));
+}
+
+// What group g adds to a partial sum of sixteen rows, see layout.h: from s = sum q c and the sum of c. In groups of up to
+// 128 columns all of it is below 2^24, and exact in float, which is faster; `codes` is a float there. `at` is g's in a block.
+template <int LEVELS, int SHIFT>
+ZSAQ_INLINE __m512 add_group(const Weight& weight, const Block& block, const Token& token, int64_t g, int64_t at, __m512i s,
+                             __m512i codes, __m512 a) {
+  __m512 f;
+  if constexpr (LEVELS < 0) {
+    const __m512i inputs = _mm512_set1_epi32(token.sums[g]);
+    s = _mm512_sub_epi32(s, _mm512_mullo_epi32(_mm512_set1_epi32(token.zero), codes));
+    if (SHIFT == ZSAQ_SYMMETRIC)
+      s = _mm512_sub_epi32(s, _mm512_mullo_epi32(_mm512_set1_epi32(weight.symmetric_zero), inputs));
+    else if (SHIFT == ZSAQ_ZERO_POINT)
+      s = _mm512_sub_epi32(s, _mm512_mullo_epi32(_mm512_loadu_si512(block.zeros.data() + at), inputs));
+    f = _mm512_cvtepi32_ps(s);
+  } else {
+    const __m512 inputs = _mm512_set1_ps(token.float_sums[g]);
+    f = _mm512_cvtepi32_ps(s);
+    f = _mm512_fnmadd_ps(_mm512_set1_ps(static_cast<float>(token.zero)), _mm512_castsi512_ps(codes), f);
+    if (SHIFT == ZSAQ_SYMMETRIC)
+      f = _mm512_fnmadd_ps(_mm512_set1_ps(static_cast<float>(weight.symmetric_zero)), inputs, f);
+    else if (SHIFT == ZSAQ_ZERO_POINT)
+      f = _mm512_fnmadd_ps(_mm512_cvtepi32_ps(_mm512_loadu_si512(block.zeros.data() + at)), inputs, f);
+  }
+  a = _mm512_fmadd_ps(_mm512_loadu_ps(block.scales.data() + at), f, a);
+  if (SHIFT == ZSAQ_MINIMUM)
+    a = _mm512_fmadd_ps(_mm512_loadu_ps(block.minima.data() + at), _mm512_set1_ps(token.float_sums[g]), a);
+  return a;
+}
+
+// Partial sums by halves, those that no group adds to are zero; `partial(j)` gives the j-th.
+template <bool ONE, typename Partial>
+ZSAQ_INLINE __m512 sum_partials(int64_t groups, Partial partial) {
+  if constexpr (ONE) return partial(0);
+  __m512 b[8];
+  for (int j = 0; j < 8; ++j) {
+    b[j] = j < groups ? partial(j) : _mm512_setzero_ps();
+    b[j] = _mm512_add_ps(b[j], j + 8 < groups ? partial(j + 8) : _mm512_setzero_ps());
+  }
+  for (int n = 4; n; n /= 2)
+    for (int j = 0; j < n; ++j) b[j] = _mm512_add_ps(b[j], b[j + n]);
+  return b[0];
+}
+
+// Sixteen rows of the weight and a few tokens; sums (COUNT, width).
+template <int BITS, int LEVELS, int SHIFT, int COUNT>
+ZSAQ_INLINE void multiply(const Weight& weight, const Block& block, const uint8_t* const* rows, const Token* tokens,
+                          int64_t width, __mmask16 mask, float* sums) {
+  constexpr int kWords = words_of_part(BITS);
+  const int64_t parts = (weight.layer->columns + kPart - 1) / kPart;
+  __m512 a[LEVELS < 0 ? 1 : kLanes][COUNT];
+  __m512i s[COUNT][2], codes = _mm512_setzero_si512();
+  for (auto& of_token : s) of_token[0] = of_token[1] = _mm512_setzero_si512();
+  for (int64_t part = 0, at = 0; part < parts; at += block_bytes(BITS)) {
+    __m512i words[16];
+    read_block<BITS>(rows, at, weight.row_bytes, words);
+    for (int b = 0; b < 16 / kWords && part < parts; ++b, ++part) {
+      __m512i c[kQuads];
+      widen<BITS>(words + b * kWords, c);
+      codes = add_codes<BITS>(c, codes);
+      for (int t = 0; t < COUNT; ++t)
+        for (int k = 0; k < kQuads; ++k)
+          s[t][k % 2] = _mm512_dpbusd_epi32(s[t][k % 2], four_of(tokens[t], part * kPart + 4 * k), c[k]);
+      if (part + 1 < parts && (LEVELS < 0 || (part + 1) % (1 << (LEVELS < 0 ? 0 : LEVELS)))) continue;
+      const int64_t g = LEVELS < 0 ? 0 : part >> (LEVELS < 0 ? 0 : LEVELS);
+      if (LEVELS >= 0) codes = _mm512_castps_si512(_mm512_cvtepi32_ps(codes));
+      for (int t = 0; t < COUNT; ++t) {
+        __m512& into = a[g % (LEVELS < 0 ? 1 : kLanes)][t];
+        const __m512i both = _mm512_add_epi32(s[t][0], s[t][1]);
+        const __m512 before = g < kLanes ? _mm512_setzero_ps() : into;
+        into = add_group<LEVELS, SHIFT>(weight, block, tokens[t], g, g * kBlock, both, codes, before);
+        s[t][0] = s[t][1] = _mm512_setzero_si512();
+      }
+      codes = _mm512_setzero_si512();
+    }
+  }
+  for (int t = 0; t < COUNT; ++t)
+    _mm512_mask_storeu_ps(sums + t * width, mask, sum_partials<LEVELS < 0>(weight.groups, [&](int j) ZSAQ_TARGET { return a[j][t]; }));
+}
+
+template <int BITS, int LEVELS, int SHIFT>
+ZSAQ_INLINE void few_tokens(const Weight& weight, const Token* tokens, int64_t count, int64_t from, int64_t to, float* sums) {
+  thread_local Block block;
+  const int64_t width = to - from;
+  for (int64_t row = from; row < to; row += kRows) {
+    const uint8_t* rows[kRows];
+    const __mmask16 mask = to - row >= kRows ? 0xffff : static_cast<__mmask16>((1 << (to - row)) - 1);
+    row_addresses(weight, row, to, rows);
+    read_ranges<BITS>(weight, row, to, 0, &block);
+    float* into = sums + row - from;
+    int64_t t = 0;
+    for (; t + kTogether <= count; t += kTogether)
+      multiply<BITS, LEVELS, SHIFT, kTogether>(weight, block, rows, tokens + t, width, mask, into + t * width);
+    for (; t < count; ++t) multiply<BITS, LEVELS, SHIFT, 1>(weight, block, rows, tokens + t, width, mask, into + t * width);
+  }
+}
+
+// Many tokens: a block of rows is widened into the cache, four codes of each row side by side, and multiplied by tile of
+// tokens.
+
+constexpr int kTile = 4, kTileOfOne = 8;  // tokens; more where all columns are one group
+constexpr int64_t kManyTokens = 12;       // from here on widening into the cache pays
 
 template <int BITS, int LEVELS>
-ZSAQ_TARGET void fill(const Weight& weight, int64_t from, int64_t to, Block* block) {
-  const ZsaqWeight& layer = *weight.layer;
-  const int64_t steps = (layer.columns + kStep - 1) / kStep, groups = (weight.groups + kLanes - 1) / kLanes * kLanes;
-  block->codes.resize(steps * kStep * kBlock);
-  block->sums.assign(groups * kBlock, 0);
-  block->scales.resize(groups * kBlock);
-  if (layer.shift_type == ZSAQ_MINIMUM) block->minima.resize(groups * kBlock);
-  if (layer.shift_type == ZSAQ_ZERO_POINT) block->zeros.resize(groups * kBlock);
+ZSAQ_INLINE void fill(const Weight& weight, int64_t from, int64_t to, Block* block) {
+  constexpr int kWords = words_of_part(BITS);
+  const int64_t parts = (weight.layer->columns + kPart - 1) / kPart;
+  block->codes.resize(parts * kPart * kBlock);
+  block->sums.resize(weight.groups * kBlock);
   for (int half = 0; half < 2; ++half) {
-    const int64_t row = from + 16 * half;
-    for (int64_t step = 0; step < steps; ++step) {
-      const int64_t at = step * 64 * BITS;
-      __m512i c[kRegisters];
-      for (int i = 0; i < 16; ++i) {
-        for (auto& register_ : c) register_ = _mm512_setzero_si512();
-        if (row + i < to) {
-          const uint8_t* codes = weight.codes(row + i) + at;
-          if (step < layer.columns / kStep)
-            Widen<BITS, true>::step(codes, weight.row_bytes - at, c);
-          else
-            Widen<BITS, false>::step(codes, weight.row_bytes - at, c);
-        }
-        for (int p = 0; p < kRegisters; ++p) _mm512_storeu_si512(block->rows[i] + 64 * p, c[p]);
-      }
-      for (int p = 0; p < kRegisters; ++p) {
-        __m512i r[16];
-        for (int i = 0; i < 16; ++i) r[i] = _mm512_loadu_si512(block->rows[i] + 64 * p);
-        transpose(r);
-        int8_t* out = block->codes.data() + ((step * kQuads + p * 16) * kBlock + 16 * half) * 4;
-        for (int i = 0; i < 16; ++i) _mm512_storeu_si512(out + i * kBlock * 4, r[i]);
-      }
-      for (int t = 0; t < kLanes; ++t) {
-        const int64_t g = LEVELS < 0 ? 0 : (step * kLanes + t) >> (LEVELS < 0 ? 0 : LEVELS);
-        if (g >= weight.groups) break;
-        int32_t* into = block->sums.data() + g * kBlock + 16 * half;
-        __m512i sum = _mm512_loadu_si512(into);
-        for (int k = 0; k < 8; ++k) {
-          const int8_t* codes = block->codes.data() + ((step * kQuads + quad<BITS>(t, k)) * kBlock + 16 * half) * 4;
-          sum = _mm512_dpbusd_epi32(sum, _mm512_set1_epi8(1), _mm512_loadu_si512(codes));
-        }
-        _mm512_storeu_si512(into, sum);
+    const int64_t row = from + kRows * half;
+    const uint8_t* rows[kRows];
+    row_addresses(weight, row, to, rows);
+    read_ranges<BITS>(weight, row, to, half, block);
+    __m512i codes = _mm512_setzero_si512();
+    for (int64_t part = 0, at = 0; part < parts; at += block_bytes(BITS)) {
+      __m512i words[16];
+      read_block<BITS>(rows, at, weight.row_bytes, words);
+      for (int b = 0; b < 16 / kWords && part < parts; ++b, ++part) {
+        __m512i c[kQuads];
+        widen<BITS>(words + b * kWords, c);
+        codes = add_codes<BITS>(c, codes);
+        int8_t* into = block->codes.data() + (part * kQuads * kBlock + kRows * half) * 4;
+        for (int k = 0; k < kQuads; ++k) _mm512_storeu_si512(into + k * kBlock * 4, c[k]);
+        if (part + 1 < parts && (LEVELS < 0 || (part + 1) % (1 << (LEVELS < 0 ? 0 : LEVELS)))) continue;
+        const int64_t g = LEVELS < 0 ? 0 : part >> (LEVELS < 0 ? 0 : LEVELS);
+        if (LEVELS >= 0) codes = _mm512_castps_si512(_mm512_cvtepi32_ps(codes));
+        _mm512_storeu_si512(block->sums.data() + g * kBlock + kRows * half, codes);
+        codes = _mm512_setzero_si512();
       }
     }
-    if (LEVELS >= 0)
-      for (int64_t g = 0; g < weight.groups; ++g) {
-        int32_t* sums = block->sums.data() + g * kBlock + 16 * half;
-        _mm512_storeu_ps(sums, _mm512_cvtepi32_ps(_mm512_loadu_si512(sums)));
-      }
-    const int32_t type = layer.scale_type;
-    by_group(weight, row, to, block->scales.data() + 16 * half, [&](int64_t i, __mmask16 mask) ZSAQ_TARGET {
-      return _mm512_castps_si512(scales(layer.scale, i, mask, type));
-    });
-    if (layer.shift_type == ZSAQ_MINIMUM)
-      by_group(weight, row, to, block->minima.data() + 16 * half, [&](int64_t i, __mmask16 mask) ZSAQ_TARGET {
-        __m512 minimum = scales(layer.shift, i, mask, type);
-        if (BITS == 8) minimum = _mm512_fmadd_ps(_mm512_set1_ps(128.0f), scales(layer.scale, i, mask, type), minimum);
-        return _mm512_castps_si512(minimum);
-      });
-    if (layer.shift_type == ZSAQ_ZERO_POINT)
-      by_group(weight, row, to, block->zeros.data() + 16 * half, [&](int64_t i, __mmask16 mask) ZSAQ_TARGET {
-        const __m128i bytes = _mm_maskz_loadu_epi8(mask, static_cast<const uint8_t*>(layer.shift) + i);
-        return _mm512_sub_epi32(_mm512_cvtepu8_epi32(bytes), _mm512_set1_epi32(offset_of(BITS)));
-      });
   }
-}
-
-// sum (q - z) (c - zero) of sixteen rows, from sum q c. In groups of up to 128 columns all of it is below 2^24, and exact
-// in float, which is faster.
-template <int LEVELS, int SHIFT>
-ZSAQ_INLINE __m512 whole_sums(const Weight& weight, const Block& block, const Token& token, int64_t g, int64_t at, __m512i s) {
-  const __m512i sums = _mm512_loadu_si512(block.sums.data() + at);
-  if constexpr (LEVELS < 0) {
-    s = _mm512_sub_epi32(s, _mm512_mullo_epi32(_mm512_set1_epi32(token.zero), sums));
-    if (SHIFT == ZSAQ_SYMMETRIC)
-      s = _mm512_sub_epi32(s, _mm512_set1_epi32(weight.symmetric_zero * token.sums[g]));
-    else if (SHIFT == ZSAQ_ZERO_POINT)
-      s = _mm512_sub_epi32(s, _mm512_mullo_epi32(_mm512_loadu_si512(block.zeros.data() + at), _mm512_set1_epi32(token.sums[g])));
-    return _mm512_cvtepi32_ps(s);
-  }
-  __m512 f = _mm512_cvtepi32_ps(s);
-  f = _mm512_fnmadd_ps(_mm512_set1_ps(static_cast<float>(token.zero)), _mm512_castsi512_ps(sums), f);
-  if (SHIFT == ZSAQ_SYMMETRIC)
-    f = _mm512_sub_ps(f, _mm512_set1_ps(static_cast<float>(weight.symmetric_zero) * token.float_sums[g]));
-  else if (SHIFT == ZSAQ_ZERO_POINT)
-    f = _mm512_fnmadd_ps(_mm512_cvtepi32_ps(_mm512_loadu_si512(block.zeros.data() + at)), _mm512_set1_ps(token.float_sums[g]), f);
-  return f;
 }
 
 // Tokens times a block, into sums (tokens, width).
-template <int BITS, int LEVELS, int SHIFT, int COUNT>
+template <int LEVELS, int SHIFT, int COUNT>
 ZSAQ_INLINE void tile(const Weight& weight, const Block& block, const Token* tokens, int64_t width, float* sums) {
-  const ZsaqWeight& layer = *weight.layer;
-  const int64_t parts = (layer.columns + 31) / 32;
-  const int64_t each = LEVELS < 0 ? parts : int64_t{1} << (LEVELS < 0 ? 0 : LEVELS);  // parts of 32 columns in a group
-  constexpr bool kOne = LEVELS < 0;  // one group, whose sum needs no others beside it
-  alignas(64) float a[kOne ? 1 : kLanes][COUNT][kBlock];
-  const int lanes = static_cast<int>(weight.groups < kLanes ? weight.groups : kLanes);
+  const int64_t parts = (weight.layer->columns + kPart - 1) / kPart;
+  const int64_t each = LEVELS < 0 ? parts : int64_t{1} << (LEVELS < 0 ? 0 : LEVELS);  // parts of a group
+  constexpr int kSums = LEVELS < 0 ? 1 : kLanes;
+  alignas(64) float a[kSums][COUNT][kBlock];
   for (int64_t g = 0; g < weight.groups; ++g) {
     __m512i s[COUNT][2];
     for (auto& of_token : s) of_token[0] = of_token[1] = _mm512_setzero_si512();
-    for (int64_t part = g * each, end = part + each < parts ? part + each : parts; part < end; ++part) {
-      const int64_t step = part / kLanes;
-      const int t = static_cast<int>(part % kLanes);
-      const int base = quad<BITS>(t, 0);
-      const int8_t* codes = block.codes.data() + (step * kQuads + base) * kBlock * 4;
-      for (int k = 0; k < 8; ++k) {
-        const int offset = quad<BITS>(0, k);  // from the first quad of any group
-        const __m512i low = _mm512_loadu_si512(codes + offset * kBlock * 4);
-        const __m512i high = _mm512_loadu_si512(codes + offset * kBlock * 4 + 64);
+    for (int64_t part = g * each, end = std::min(part + each, parts); part < end; ++part) {
+      const int8_t* codes = block.codes.data() + part * kQuads * kBlock * 4;
+      for (int k = 0; k < kQuads; ++k) {
+        const __m512i low = _mm512_loadu_si512(codes + k * kBlock * 4), high = _mm512_loadu_si512(codes + k * kBlock * 4 + 64);
         for (int i = 0; i < COUNT; ++i) {
-          int32_t four;
-          std::memcpy(&four, tokens[i].codes + step * kStep + (base + offset) * 4, 4);
-          const __m512i q = _mm512_set1_epi32(four);
+          const __m512i q = four_of(tokens[i], part * kPart + 4 * k);
           s[i][0] = _mm512_dpbusd_epi32(s[i][0], q, low);
           s[i][1] = _mm512_dpbusd_epi32(s[i][1], q, high);
         }
@@ -459,55 +363,53 @@ ZSAQ_INLINE void tile(const Weight& weight, const Block& block, const Token* tok
     }
     for (int i = 0; i < COUNT; ++i)
       for (int half = 0; half < 2; ++half) {
-        const int64_t at = g * kBlock + 16 * half;
-        const __m512 whole = whole_sums<LEVELS, SHIFT>(weight, block, tokens[i], g, at, s[i][half]);
-        float* into = a[kOne ? 0 : g % kLanes][i] + 16 * half;
-        __m512 sum = g < kLanes ? _mm512_setzero_ps() : _mm512_load_ps(into);
-        sum = _mm512_fmadd_ps(_mm512_loadu_ps(block.scales.data() + at), whole, sum);
-        if (SHIFT == ZSAQ_MINIMUM)
-          sum = _mm512_fmadd_ps(_mm512_loadu_ps(block.minima.data() + at), _mm512_set1_ps(tokens[i].float_sums[g]), sum);
-        _mm512_store_ps(into, sum);
+        const int64_t at = g * kBlock + kRows * half;
+        float* into = a[g % kSums][i] + kRows * half;
+        const __m512 before = g < kLanes ? _mm512_setzero_ps() : _mm512_load_ps(into);
+        const __m512i sum_of_codes = _mm512_loadu_si512(block.sums.data() + at);
+        _mm512_store_ps(into, add_group<LEVELS, SHIFT>(weight, block, tokens[i], g, at, s[i][half], sum_of_codes, before));
       }
   }
   for (int i = 0; i < COUNT; ++i)
     for (int half = 0; half < 2; ++half) {
-      __m512 b[8];  // partial sums that no group adds to are zero
-      for (int j = 0; j < 8; ++j) {
-        b[j] = j < lanes ? _mm512_load_ps(a[kOne ? 0 : j][i] + 16 * half) : _mm512_setzero_ps();
-        b[j] = _mm512_add_ps(b[j], j + 8 < lanes ? _mm512_load_ps(a[kOne ? 0 : j + 8][i] + 16 * half) : _mm512_setzero_ps());
-      }
-      for (int n = kOne ? 0 : 4; n; n /= 2)
-        for (int j = 0; j < n; ++j) b[j] = _mm512_add_ps(b[j], b[j + n]);
-      const int64_t left = width - 16 * half;
-      const __mmask16 mask = left >= 16 ? 0xffff : left > 0 ? static_cast<__mmask16>((1 << left) - 1) : 0;
-      _mm512_mask_storeu_ps(sums + i * width + 16 * half, mask, b[0]);
+      const auto partial = [&](int j) ZSAQ_TARGET { return _mm512_load_ps(a[j][i] + kRows * half); };
+      const int64_t left = width - kRows * half;
+      const __mmask16 mask = left >= kRows ? 0xffff : left > 0 ? static_cast<__mmask16>((1 << left) - 1) : 0;
+      _mm512_mask_storeu_ps(sums + i * width + kRows * half, mask, sum_partials<LEVELS < 0>(weight.groups, partial));
     }
 }
 
 template <int BITS, int LEVELS, int SHIFT>
-ZSAQ_INLINE void tiles(const Weight& weight, const Block& block, const Token* tokens, int64_t count, int64_t width, float* sums) {
+ZSAQ_INLINE void many_tokens(const Weight& weight, const Token* tokens, int64_t count, int64_t from, int64_t to, float* sums) {
   constexpr int kEach = LEVELS < 0 ? kTileOfOne : kTile;
+  thread_local Block block;
+  const int64_t width = to - from;
+  fill<BITS, LEVELS>(weight, from, to, &block);
   int64_t t = 0;
-  for (; t + kEach <= count; t += kEach) tile<BITS, LEVELS, SHIFT, kEach>(weight, block, tokens + t, width, sums + t * width);
-  for (; t < count; ++t) tile<BITS, LEVELS, SHIFT, 1>(weight, block, tokens + t, width, sums + t * width);
+  for (; t + kEach <= count; t += kEach) tile<LEVELS, SHIFT, kEach>(weight, block, tokens + t, width, sums + t * width);
+  for (; t < count; ++t) tile<LEVELS, SHIFT, 1>(weight, block, tokens + t, width, sums + t * width);
 }
 
-template <int BITS, int LEVELS>
-ZSAQ_TARGET void many_tokens(const Weight& weight, const Token* tokens, int64_t count, int64_t from, int64_t to, float* sums) {
-  thread_local Block block;
-  fill<BITS, LEVELS>(weight, from, to, &block);
+template <int BITS, int LEVELS, bool MANY>
+ZSAQ_TARGET void rows_of(const Weight& weight, const Token* tokens, int64_t count, int64_t from, int64_t to, float* sums) {
+  const auto run = [&](auto shift) ZSAQ_TARGET {
+    if constexpr (MANY)
+      many_tokens<BITS, LEVELS, decltype(shift)::value>(weight, tokens, count, from, to, sums);
+    else
+      few_tokens<BITS, LEVELS, decltype(shift)::value>(weight, tokens, count, from, to, sums);
+  };
   switch (weight.layer->shift_type) {
-    case ZSAQ_SYMMETRIC: return tiles<BITS, LEVELS, ZSAQ_SYMMETRIC>(weight, block, tokens, count, to - from, sums);
-    case ZSAQ_ZERO_POINT: return tiles<BITS, LEVELS, ZSAQ_ZERO_POINT>(weight, block, tokens, count, to - from, sums);
-    default: return tiles<BITS, LEVELS, ZSAQ_MINIMUM>(weight, block, tokens, count, to - from, sums);
+    case ZSAQ_SYMMETRIC: return run(std::integral_constant<int, ZSAQ_SYMMETRIC>());
+    case ZSAQ_ZERO_POINT: return run(std::integral_constant<int, ZSAQ_ZERO_POINT>());
+    default: return run(std::integral_constant<int, ZSAQ_MINIMUM>());
   }
 }
 
 template <int BITS, int LEVELS>
 void choose(int64_t tokens, Kernel* kernel) {
   const bool many = tokens >= kManyTokens;
-  kernel->rows = many ? many_tokens<BITS, LEVELS> : few_tokens<BITS, LEVELS>;
-  kernel->at_a_time = many ? kBlock : 16;
+  kernel->rows = many ? rows_of<BITS, LEVELS, true> : rows_of<BITS, LEVELS, false>;
+  kernel->at_a_time = kBlock;
 }
 
 template <int BITS>
@@ -536,10 +438,11 @@ bool avx512_runs() {
 }
 
 bool avx512_kernel(const Weight& weight, int64_t tokens, Kernel* kernel) {
+  if (tokens == 1 && avx512_row_kernel(weight, kernel)) return true;
   const int64_t group = weight.layer->group, groups = weight.groups;
   switch (weight.layer->bits) {
     case 2: kernel->arrange = arrange2; return choose<2>(group, groups, tokens, kernel);
-    case 3: kernel->arrange = arrange3; return choose<3>(group, groups, tokens, kernel);
+    case 3: kernel->arrange = nullptr; return choose<3>(group, groups, tokens, kernel);
     case 4: kernel->arrange = arrange4; return choose<4>(group, groups, tokens, kernel);
     case 8: kernel->arrange = nullptr; return choose<8>(group, groups, tokens, kernel);
     default: return false;
