@@ -50,9 +50,9 @@ class Native:
         elsewhere = packed.spec.inputs is None or packed.spec.weight.granularity != "group"
         if elsewhere and x.numel() > FEW_ROWS * packed.columns and self._many.serves(x, packed):
             return self._many(x, packed, bias)
-        x = x.detach()
         if packed.outlier_positions is None or not x.numel():
             return native_linear(x, packed, bias)
+        x = x.detach()
         y = native_linear(x.float(), packed, None).view(-1, packed.rows)
         add_outliers(y, packed.inputs(x.float()).view(-1, packed.columns), packed)
         y = y if bias is None else y.add_(bias)
@@ -72,42 +72,37 @@ def native_linear(x: Tensor, packed: PackedTensors, bias: Tensor | None, isa: in
         RuntimeError: x or bias have another width than the weight; the processor has not the instruction set.
         ValueError: the tensors of the weight are not those of its scheme.
     """
-    if x.shape[-1] != packed.columns or bias is not None and bias.numel() != packed.rows:
-        shapes = f"x {tuple(x.shape)} and bias {None if bias is None else tuple(bias.shape)}"
-        raise RuntimeError(f"{shapes} do not fit a weight {packed.rows, packed.columns}")
-    x = x if x.is_contiguous() else x.contiguous()
-    y = torch.empty(*x.shape[:-1], packed.rows, dtype=x.dtype)
-    if not y.numel():
+    shape, dtype, columns = x.shape, x.dtype, packed.columns
+    if shape[-1] != columns or bias is not None and bias.numel() != packed.rows:
+        shapes = f"x {tuple(shape)} and bias {None if bias is None else tuple(bias.shape)}"
+        raise RuntimeError(f"{shapes} do not fit a weight {packed.rows, columns}")
+    kept = prepacked(packed, "native", _Described)
+    y = torch.empty((*shape[:-1], kept.rows), dtype=dtype)
+    tokens = x.numel() // columns
+    if not tokens or not kept.rows:
         return y
+    x = x if x.is_contiguous() else x.contiguous()
     spec = packed.spec.inputs
     static = static_range(packed) if spec is not None and spec.granularity == "tensor" else None
-    kept = prepacked(packed, "native", _Described)
-    described = _input(None if spec is None else spec.highest, static, x.dtype)
-    bias = bias if bias is None or bias.dtype in _TYPES and bias.is_contiguous() else bias.float().contiguous()
-    missing = library().zsaq_linear(
-        kept.address,
-        ctypes.addressof(described),
-        x.data_ptr(),
-        x.numel() // packed.columns,
-        0 if bias is None else bias.data_ptr(),
-        0 if bias is None else _TYPES[bias.dtype],
-        y.data_ptr(),
-        _TYPES[x.dtype],
-        torch.get_num_threads(),
-        isa,
-    )
-    if missing:
+    inputs = _input(None if spec is None else spec.highest, static, dtype)
+    address, kind = None, 0
+    if bias is not None:
+        bias = bias if bias.dtype in _TYPES and bias.is_contiguous() else bias.float().contiguous()
+        address, kind = bias.data_ptr(), _TYPES[bias.dtype]
+    threads = torch.get_num_threads()
+    arguments = (tokens, address, kind, y.data_ptr(), _TYPES[dtype], threads, isa)
+    if kept.run(kept.address, inputs, x.data_ptr(), *arguments):
         raise RuntimeError(f"instruction set {isa} is not there; use {best()}, or {BEST} for the best")
     return y
 
 
 @lru_cache(maxsize=4096)
-def _input(highest: int | None, static: tuple[float, int] | None, dtype: torch.dtype) -> Input:
+def _input(highest: int | None, static: tuple[float, int] | None, dtype: torch.dtype) -> ctypes.Array:
     """How inputs are read: as codes up to `highest`, or as digits."""
     if highest is None:
-        return Input(4 if dtype == torch.float32 else 3, 0, 0, 0, 0.0)
+        return (Input * 1)(Input(4 if dtype == torch.float32 else 3, 0, 0, 0, 0.0))
     scale, zero = static or (0.0, 0)
-    return Input(0, highest, static is not None, zero, scale)
+    return (Input * 1)(Input(0, highest, static is not None, zero, scale))
 
 
 class _Described:
@@ -125,7 +120,8 @@ class _Described:
         size = min(spec.group_size or packed.columns, packed.columns)
         one, scales = spec.granularity == "tensor", _TYPES[packed.scale.dtype]
         self._weight = Weight(spec.bits, packed.rows, packed.columns, size, one, shift, scales, *addresses)
-        self.address = ctypes.addressof(self._weight)
+        self.address, self.rows = ctypes.addressof(self._weight), packed.rows
+        self.run = library().zsaq_linear
 
     @staticmethod
     def _check(packed: PackedTensors) -> None:

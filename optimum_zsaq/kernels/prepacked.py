@@ -5,18 +5,60 @@ with it. It is made anew when codes, scales or zero points were written to or mo
 """
 
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from .packed_tensors import PackedTensors
 
 
 T = TypeVar("T")
 
-_ENTRIES = WeakTensorKeyDictionary()  # codes -> (stamp, {name: what a kernel keeps})
+
+class TensorTable:
+    """What belongs to tensors, and dies with them.
+
+    `torch.utils.weak.WeakTensorKeyDictionary` does the same, and takes 3 us a look-up to this one.s 0.3.
+    """
+
+    def __init__(self):
+        self._entries: dict[int, tuple[weakref.ref, Any]] = {}
+
+    def get(self, key: Tensor, default: Any = None) -> Any:
+        """What belongs to this tensor, or `default`."""
+        entry = self._entries.get(id(key))
+        return entry[1] if entry is not None and entry[0]() is key else default
+
+    def __setitem__(self, key: Tensor, value: Any) -> None:
+        number = id(key)
+
+        def forget(reference: weakref.ref) -> None:
+            entry = self._entries.get(number)
+            if entry is not None and entry[0] is reference:
+                del self._entries[number]
+
+        self._entries[number] = (weakref.ref(key, forget), value)
+
+    def __getitem__(self, key: Tensor) -> Any:
+        if key not in self:
+            raise KeyError(tuple(key.shape))
+        return self.get(key)
+
+    def __contains__(self, key: Tensor) -> bool:
+        return self.get(key) is not None
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def pop(self, key: Tensor) -> None:
+        """Forget what belongs to this tensor."""
+        if key in self:
+            self._entries.pop(id(key), None)
+
+
+_ENTRIES = TensorTable()  # codes -> (stamp, {name: what a kernel keeps})
 LOCK = threading.RLock()
 
 
@@ -40,16 +82,19 @@ def all_prepacked(packed: PackedTensors) -> dict[str, Any]:
 
 
 def _stamps(packed: PackedTensors) -> tuple:
-    tensors = (packed.codes, packed.scale, packed.shift)
-    return tuple([None if tensor is None else stamp(tensor) for tensor in tensors])
+    shift = packed.shift
+    return stamp(packed.codes), stamp(packed.scale), None if shift is None else stamp(shift)
 
 
 def drop_prepacked(codes: Tensor) -> None:
     """Forget what is kept for these codes; the next call builds it again."""
     with LOCK:
-        _ENTRIES.pop(codes, None)
+        _ENTRIES.pop(codes)
 
 
 def stamp(tensor: Tensor) -> tuple[int, int, int]:
     """Changes when the values may have: other memory, or a write. Inference tensors cannot count writes."""
-    return id(tensor), tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
+    try:
+        return id(tensor), tensor.data_ptr(), tensor._version
+    except RuntimeError:  # an inference tensor
+        return id(tensor), tensor.data_ptr(), 0

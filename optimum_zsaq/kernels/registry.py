@@ -50,7 +50,9 @@ def choose_kernel(x: Tensor, packed: PackedTensors) -> Kernel:
         ValueError: the one that was asked for does not serve it.
     """
     if not packed.kernel:
-        return next(kernel for kernel in KERNELS.values() if kernel.serves(x, packed))
+        for kernel in KERNELS.values():
+            if kernel.serves(x, packed):
+                return kernel
     kernel = KERNELS[packed.kernel]
     if not kernel.serves(x, packed):
         able = [name for name, other in KERNELS.items() if other.serves(x, packed)]

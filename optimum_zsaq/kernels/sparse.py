@@ -11,15 +11,14 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from .packed_tensors import PackedTensors
-from .prepacked import stamp
+from .prepacked import TensorTable, stamp
 
 
 _BLOCK = 128  # inputs that are transposed together: both sides of their product stay in the second cache
 _MANY = 64  # inputs from which transposing them pays
-_MATRICES = WeakTensorKeyDictionary()  # positions -> (stamp and width, structure, stamp of the values, matrix)
+_MATRICES = TensorTable()  # positions -> (stamp and width, structure, stamp of the values, matrix)
 
 
 def outlier_matrix(positions: Tensor, values: Tensor, rows: int, columns: int, keep: bool = True) -> Tensor:
@@ -40,7 +39,7 @@ def outlier_matrix(positions: Tensor, values: Tensor, rows: int, columns: int, k
 
 def drop_outlier_matrix(positions: Tensor) -> None:
     """Forget what is kept for these positions; the next call builds it again."""
-    _MATRICES.pop(positions, None)
+    _MATRICES.pop(positions)
 
 
 def _structure(positions: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor]:
