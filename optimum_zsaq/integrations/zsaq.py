@@ -33,7 +33,7 @@ _GENTLE = (3e-5, 3e-5)  # from 4 bits on, where there is little to be won; with 
 _COARSE_INPUTS = 4  # bits
 _USUAL = {"output_weight": 0.0, "hidden_weight": 1.0}
 # Of decoders, whose groups have step sizes of some 0.01: our choice, measured in docs/methods/language_models.md
-_OF_DECODERS = {"output_weight": 1.0, "hidden_weight": 0.0, "learning_rate": 3e-5, "scale_learning_rate": 1e-6}
+_OF_DECODERS = {"output_weight": 1.0, "hidden_weight": 0.0, "scale_learning_rate": 1e-6}
 _SHARPNESS = {"rho": 0.0, "adaptive": False, "perturb": "quantized"}
 _OWN = {
     "sequence_length": None,
@@ -58,7 +58,7 @@ class ZSAQConfig(LowBitConfig):
             else 128, or what the model has positions for.
         learning_rate, scale_learning_rate (`float`, *optional*): of the weights, and of the step sizes of weights and
             static inputs; None: 2e-4 and 1e-4 at 2 bits (3e-4 with one scale a matrix), both 1e-4 at 3 bits or with inputs
-            of at most 4, else 3e-5; of decoders 3e-5 and 1e-6.
+            of at most 4, else 3e-5; step sizes of decoders 1e-6.
         generator: "noise": tokens drawn from a guess of how frequent each is; "teacher": what the model itself writes (a
             decoder), or answers to noise (an encoder-decoder model); the path or Hub id of a causal language model, or one
             in memory, which writes text; "auto": "teacher" where the model can write, else "noise"; or
