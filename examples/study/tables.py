@@ -2,7 +2,8 @@
 
     python examples/study/tables.py prequant --results docs/results --write docs/methods/prequant.md
 
-Without `--write` all tables are printed. `--check` changes nothing and fails if the document is not up to date.
+Without `--write` all tables are printed. `--check` changes nothing and fails if the document is not up to date. A document
+that holds the tables of several studies is written with all of them: `tables.py language_models language_model_peers ...`.
 """
 
 import argparse
@@ -37,13 +38,17 @@ def fill(text: str, tables: dict[str, str]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("study", help="name of a study: a module beside this file, such as prequant")
+    parser.add_argument("studies", nargs="+", metavar="study", help="a module beside this file, such as prequant")
     parser.add_argument("--results", type=Path, required=True, help="folder of the JSONL files")
     parser.add_argument("--write", type=Path, help="Markdown file with markers")
     parser.add_argument("--check", action="store_true", help="only say whether --write's file is up to date")
     args = parser.parse_args()
-    rows = read_results(args.results / f"{args.study}.jsonl")
-    tables = importlib.import_module(args.study).tables(rows)
+    tables: dict[str, str] = {}
+    for study in args.studies:
+        found = importlib.import_module(study).tables(read_results(args.results / f"{study}.jsonl"))
+        if twice := sorted(set(tables) & set(found)):
+            parser.error(f"two of {args.studies} make the tables {twice}; write them into documents of their own")
+        tables |= found
     if args.write is None:
         print("\n\n".join(f"{name}\n\n{table}" for name, table in tables.items()))
         return 0

@@ -56,7 +56,8 @@ def test_tables(study):
 
 
 def test_tables_in_the_docs_are_those_of_the_results():
-    command = [sys.executable, STUDY / "tables.py", "language_models", "--results", ROOT / "docs/results", "--check"]
+    studies = ["language_models", "language_model_peers"]
+    command = [sys.executable, STUDY / "tables.py", *studies, "--results", ROOT / "docs/results", "--check"]
     page = ROOT / "docs/methods/language_models.md"
     done = subprocess.run([*command, "--write", page], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
