@@ -86,50 +86,69 @@ def _config(cell: Cell, data: Path) -> Any:
 def _autoround(model: Any, config: Any, cell: Cell, data: Path) -> tuple[Any, dict[str, Any]]:
     """The model with AutoRound's values in the layers that `config` quantizes, all else as it was.
 
-    AutoRound casts the whole model to bfloat16; its codes are multiplied by its scales again here, in float32.
-
     Raises:
         ImportError: no AutoRound. ValueError: it quantized other layers.
     """
-    import copy
-
     import torch
 
     from optimum_zsaq.surgery import select
 
-    try:
-        from auto_round import AutoRound
-    except ImportError as error:
-        raise ImportError("the study `autoround` needs AutoRound; pip install auto-round") from error
+    auto_round()  # before texts are read
     samples, tokenizer = _samples(cell, data)
     names = set(select(model, config.scheme()))
     iterations = EQUAL[cell.task] if cell.method == "autoround-equal" else ITERATIONS
-    rounder = AutoRound(
-        copy.deepcopy(model),
+    rounder, layers = rounded_layers(
+        model,
         tokenizer,
+        samples,
         bits=config.weight_bits,
         group_size=GROUP,
         sym=True,
         iters=iterations,
-        dataset=samples,
-        nsamples=len(samples),
         seqlen=LENGTH[cell.task],
         batch_size=BATCH[cell.task],
         seed=cell.seed,
-        enable_torch_compile=False,
     )
-    rounded, _ = rounder.quantize()
-    layers = {name: layer for name, layer in rounded.named_modules() if getattr(layer, "scale", None) is not None}
     if set(layers) != names:
         raise ValueError(
             f"AutoRound quantized other layers than the config, {sorted(set(layers) ^ names)[:5]}; compare the same"
         )
     with torch.no_grad():
         for name, layer in layers.items():
-            scale = layer.scale.float().reshape(layer.weight.shape[0], -1, 1)
-            codes = (layer.weight.float().unflatten(1, (-1, GROUP)) / scale).round()
-            model.get_submodule(name).weight.copy_((codes * scale).flatten(1))
+            model.get_submodule(name).weight.copy_(exact_values(layer, GROUP))
     return model, {"iterations": iterations, "dtype": str(rounder.amp_dtype) if rounder.amp else "torch.float32"}
+
+
+def auto_round() -> Any:
+    """AutoRound's class. Raises ImportError where it is not installed."""
+    try:
+        from auto_round import AutoRound
+    except ImportError as error:
+        raise ImportError("this study needs AutoRound; pip install auto-round") from error
+    return AutoRound
+
+
+def rounded_layers(model: Any, tokenizer: Any, samples: list[dict[str, Any]], **options: Any) -> tuple[Any, dict[str, Any]]:
+    """AutoRound after its work on a copy of the model, and the layers it quantized, by name. It keeps the threads.
+
+    Raises:
+        ImportError: no AutoRound.
+    """
+    import copy
+
+    import torch
+
+    threads, given = torch.get_num_threads(), {"dataset": samples, "nsamples": len(samples), **options}
+    rounder = auto_round()(copy.deepcopy(model), tokenizer, **given, enable_torch_compile=False)
+    torch.set_num_threads(threads)  # it takes all cores
+    rounded, _ = rounder.quantize()
+    return rounder, {name: layer for name, layer in rounded.named_modules() if getattr(layer, "scale", None) is not None}
+
+
+def exact_values(layer: Any, group: int) -> Any:
+    """What AutoRound's codes stand for, (O, I) float32: it casts the model to bfloat16, so scales are multiplied anew."""
+    scale = layer.scale.float().reshape(len(layer.weight), -1).repeat_interleave(group, dim=1)[:, : layer.weight.shape[1]]
+    return (layer.weight.detach().float() / scale).round() * scale
 
 
 def _samples(cell: Cell, data: Path) -> tuple[list[dict[str, Any]], Any]:

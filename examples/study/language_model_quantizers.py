@@ -3,7 +3,6 @@
 `quantized` serves them all. Every peer is imported where it is used, so a cell needs its own package alone.
 """
 
-import copy
 import importlib
 import os
 from collections.abc import Callable
@@ -11,6 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from autoround import ITERATIONS, exact_values, rounded_layers
 from language_models import MODELS, PARAGRAPHS, _bits_a_weight, _config
 from runner import Cell
 
@@ -19,7 +19,6 @@ TASK = "smollm2"
 TRAINED = {"w4-g128": (4, 128), "w3-g64": (3, 64), "w2-g64": (2, 64)}  # bits and group size
 GROUPED = {"w4-g64": (4, 64), "w3-g64": (3, 64), "w2-g64": (2, 64)}
 LENGTH, BATCH = 256, 8  # tokens of a sample and samples of a step: what "mrem" has as it comes
-ITERATIONS = 200  # AutoRound's default
 EQUAL = {"w4-g128": 115, "w3-g64": 115, "w2-g64": 120}  # iterations: about the time of "mrem"
 PACKAGES = {
     "nf4": "bitsandbytes",
@@ -202,34 +201,23 @@ WEIGHTWISE: dict[str, Callable[[Cell], Quantizer]] = {"nf4": _nf4, "nf4-double":
 
 def _autoround(model: Any, cell: Cell, data: Path) -> tuple[dict[str, Any], float, dict[str, Any]]:
     """AutoRound's codes times its scales; it stores both, and a zero point in as many bits as a code."""
-    import torch
-
     (bits, group), texts = sizes(cell), samples(model, data)
     iterations = EQUAL[cell.scheme] if cell.method == "autoround-equal" else ITERATIONS
-    rounder = _peer("auto_round", "auto-round").AutoRound(
-        copy.deepcopy(model),
+    _, layers = rounded_layers(
+        model,
         tokenizer(data),
+        texts,
         bits=bits,
         group_size=group,
         sym=False,
         iters=iterations,
-        dataset=texts,
-        nsamples=len(texts),
         seqlen=LENGTH,
         batch_size=BATCH,
         seed=cell.seed,
-        enable_torch_compile=False,
     )
-    torch.set_num_threads(1)
-    rounded, _ = rounder.quantize()
-    values, groups, count = {}, 0, 0
-    for name, layer in rounded.named_modules():
-        if getattr(layer, "scale", None) is not None:
-            rows, columns = layer.weight.shape
-            scale = layer.scale.float().reshape(rows, -1)
-            groups, count = groups + scale.numel(), count + rows * columns
-            scale = scale.repeat_interleave(group, dim=1)[:, :columns]
-            values[name] = (layer.weight.detach().float() / scale).round() * scale
+    groups = sum(layer.scale.numel() for layer in layers.values())
+    count = sum(layer.weight.numel() for layer in layers.values())
+    values = {name: exact_values(layer, group) for name, layer in layers.items()}
     return values, round(bits + groups * (16 + bits) / count, 3), {"iterations": iterations, "samples": len(texts)}
 
 
@@ -266,22 +254,6 @@ def _llama_cpp(model: Any, cell: Cell, data: Path) -> tuple[dict[str, Any], floa
 
 def _importance(model: Any, cell: Cell, data: Path) -> dict[str, Any]:
     """The mean square of each input channel, by layer: what llama.cpp's tool `imatrix` collects."""
-    import torch
+    from optimum_zsaq.algorithms.energy import input_energies
 
-    sums: dict[str, Any] = {}
-
-    def watch(name: str) -> Callable[..., None]:
-        def hook(_: Any, inputs: tuple[Any, ...]) -> None:
-            squares = inputs[0].detach().flatten(0, -2).square().sum(dim=0)
-            sums[name] = sums.get(name, 0.0) + squares
-
-        return hook
-
-    handles = [layer.register_forward_pre_hook(watch(name)) for name, layer in _layers(model, cell).items()]
-    texts = samples(model, data)
-    with torch.no_grad():
-        for batch in texts:
-            model.model(**batch, use_cache=False)
-    for handle in handles:
-        handle.remove()
-    return {name: total / (len(texts) * LENGTH) for name, total in sums.items()}
+    return input_energies(model, _layers(model, cell), samples(model, data))

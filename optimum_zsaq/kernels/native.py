@@ -89,20 +89,30 @@ def native_linear(x: Tensor, packed: PackedTensors, bias: Tensor | None, isa: in
     if bias is not None:
         bias = bias if bias.dtype in _TYPES and bias.is_contiguous() else bias.float().contiguous()
         address, kind = bias.data_ptr(), _TYPES[bias.dtype]
-    threads = torch.get_num_threads()
-    arguments = (tokens, address, kind, y.data_ptr(), _TYPES[dtype], threads, isa)
-    if kept.run(kept.address, inputs, x.data_ptr(), *arguments):
+    failed = kept.run(
+        kept.address,
+        ctypes.byref(inputs),
+        x.data_ptr(),
+        tokens,
+        address,
+        kind,
+        y.data_ptr(),
+        _TYPES[dtype],
+        torch.get_num_threads(),
+        isa,
+    )
+    if failed:
         raise RuntimeError(f"instruction set {isa} is not there; use {best()}, or {BEST} for the best")
     return y
 
 
 @lru_cache(maxsize=4096)
-def _input(highest: int | None, static: tuple[float, int] | None, dtype: torch.dtype) -> ctypes.Array:
+def _input(highest: int | None, static: tuple[float, int] | None, dtype: torch.dtype) -> Input:
     """How inputs are read: as codes up to `highest`, or as digits."""
     if highest is None:
-        return (Input * 1)(Input(4 if dtype == torch.float32 else 3, 0, 0, 0, 0.0))
+        return Input(4 if dtype == torch.float32 else 3, 0, 0, 0, 0.0)
     scale, zero = static or (0.0, 0)
-    return (Input * 1)(Input(0, highest, static is not None, zero, scale))
+    return Input(0, highest, static is not None, zero, scale)
 
 
 class _Described:

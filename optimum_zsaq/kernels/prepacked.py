@@ -20,7 +20,7 @@ T = TypeVar("T")
 class TensorTable:
     """What belongs to tensors, and dies with them.
 
-    `torch.utils.weak.WeakTensorKeyDictionary` does the same, and takes 3 us a look-up to this one.s 0.3.
+    As `torch.utils.weak.WeakTensorKeyDictionary`, whose look-ups cost a small layer's call a sixth of its time.
     """
 
     def __init__(self):

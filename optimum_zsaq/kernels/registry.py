@@ -49,18 +49,14 @@ def choose_kernel(x: Tensor, packed: PackedTensors) -> Kernel:
     Raises:
         ValueError: the one that was asked for does not serve it.
     """
-    if not packed.kernel:
-        for kernel in KERNELS.values():
-            if kernel.serves(x, packed):
-                return kernel
-    kernel = KERNELS[packed.kernel]
-    if not kernel.serves(x, packed):
-        able = [name for name, other in KERNELS.items() if other.serves(x, packed)]
-        raise ValueError(
-            f"kernel={packed.kernel!r} does not serve {packed.spec.text()} on {str(x.dtype).removeprefix('torch.')} inputs "
-            f"on {x.device.type} with runtime={packed.runtime!r}; use one of {able}, or kernel=None for the fastest of them"
-        )
-    return kernel
+    for kernel in (KERNELS[packed.kernel],) if packed.kernel else KERNELS.values():
+        if kernel.serves(x, packed):
+            return kernel
+    able = [name for name, other in KERNELS.items() if other.serves(x, packed)]
+    raise ValueError(
+        f"kernel={packed.kernel!r} does not serve {packed.spec.text()} on {str(x.dtype).removeprefix('torch.')} inputs "
+        f"on {x.device.type} with runtime={packed.runtime!r}; use one of {able}, or kernel=None for the fastest of them"
+    )
 
 
 for _kernel in (Reference(), CudaDequantize(), CudaInt8(), Int8(), Native(), Int4()):

@@ -18,10 +18,8 @@ constexpr int kPart = 32;           // columns that are multiplied together: eig
 constexpr int kQuads = kPart / 4;   // of four columns, the bytes of a lane
 constexpr int kTogether = 4;        // tokens that share a widened part
 
-// A block is what 64 bytes of a row hold (48 at 3 bits): 16 words of 32 bits.
-constexpr int block_bytes(int bits) { return bits == 3 ? 48 : 64; }
-constexpr int block_columns(int bits) { return block_bytes(bits) * 8 / bits; }
-constexpr int words_of_part(int bits) { return 16 * kPart / block_columns(bits); }
+// A block is what `block_bytes` of a row hold: 16 words of 32 bits.
+constexpr int words_of_part(int bits) { return 16 * kPart / (block_bytes(bits) * 8 / bits); }
 
 // Within 16 columns, so that those whose codes are widened together follow each other.
 ZSAQ_INLINE void shuffle_bytes(const uint8_t* codes, int64_t padded, uint8_t* out, __m128i order) {
@@ -81,44 +79,15 @@ ZSAQ_INLINE void read_block(const uint8_t* const* rows, int64_t at, int64_t row_
   for (int i = 0; i < kRows; ++i) {
     r[i] = _mm512_maskz_loadu_epi8(mask, rows[i] + at);
     if constexpr (BITS == 8) r[i] = _mm512_maskz_add_epi8(mask, r[i], _mm512_set1_epi8(static_cast<char>(0x80)));
-    if constexpr (BITS == 3) {  // three bytes, eight codes, to each word
-      alignas(64) static const uint8_t spread[64] = {0,  1,  2,  2,  3,  4,  5,  5,  6,  7,  8,  8,  9,  10, 11, 11,
-                                                     12, 13, 14, 14, 15, 16, 17, 17, 18, 19, 20, 20, 21, 22, 23, 23,
-                                                     24, 25, 26, 26, 27, 28, 29, 29, 30, 31, 32, 32, 33, 34, 35, 35,
-                                                     36, 37, 38, 38, 39, 40, 41, 41, 42, 43, 44, 44, 45, 46, 47, 47};
-      r[i] = _mm512_permutexvar_epi8(_mm512_load_si512(spread), r[i]);
-    }
+    if constexpr (BITS == 3) r[i] = spread3(r[i]);
   }
   transpose(r);
 }
 
 // The codes of a part, four columns of each row to a register.
 template <int BITS>
-ZSAQ_INLINE void widen(const __m512i* w, __m512i* c) {
-  if constexpr (BITS == 2) {
-    const __m512i mask = _mm512_set1_epi8(3);
-    for (int k = 0; k < 2; ++k) {
-      c[4 * k] = _mm512_and_si512(w[k], mask);
-      c[4 * k + 1] = _mm512_and_si512(_mm512_srli_epi16(w[k], 2), mask);
-      c[4 * k + 2] = _mm512_and_si512(_mm512_srli_epi16(w[k], 4), mask);
-      c[4 * k + 3] = _mm512_and_si512(_mm512_srli_epi16(w[k], 6), mask);
-    }
-  } else if constexpr (BITS == 3) {
-    const __m512i low = _mm512_set1_epi64(0x2926232009060300LL), high = _mm512_set1_epi64(0x35322f2c15120f0cLL);
-    const __m512i mask = _mm512_set1_epi8(7);
-    for (int k = 0; k < 4; ++k) {
-      c[2 * k] = _mm512_and_si512(_mm512_multishift_epi64_epi8(low, w[k]), mask);
-      c[2 * k + 1] = _mm512_and_si512(_mm512_multishift_epi64_epi8(high, w[k]), mask);
-    }
-  } else if constexpr (BITS == 4) {
-    const __m512i mask = _mm512_set1_epi8(15);
-    for (int k = 0; k < 4; ++k) {
-      c[2 * k] = _mm512_and_si512(w[k], mask);
-      c[2 * k + 1] = _mm512_and_si512(_mm512_srli_epi16(w[k], 4), mask);
-    }
-  } else {
-    for (int k = 0; k < 8; ++k) c[k] = w[k];
-  }
+ZSAQ_INLINE void widen_part(const __m512i* words, __m512i* c) {
+  for (int k = 0; k < words_of_part(BITS); ++k) widen<BITS>(words[k], c + k * planes(BITS));
 }
 
 // The sum of the codes of a part, added to `sum`, a row to a lane.
@@ -274,7 +243,7 @@ ZSAQ_INLINE void multiply(const Weight& weight, const Block& block, const uint8_
     read_block<BITS>(rows, at, weight.row_bytes, words);
     for (int b = 0; b < 16 / kWords && part < parts; ++b, ++part) {
       __m512i c[kQuads];
-      widen<BITS>(words + b * kWords, c);
+      widen_part<BITS>(words + b * kWords, c);
       codes = add_codes<BITS>(c, codes);
       for (int t = 0; t < COUNT; ++t)
         for (int k = 0; k < kQuads; ++k)
@@ -341,7 +310,7 @@ ZSAQ_INLINE void fill(const Weight& weight, int64_t from, int64_t to, Block* blo
       read_block<BITS>(rows, at, weight.row_bytes, words);
       for (int b = 0; b < 16 / kWords && part < parts; ++b, ++part) {
         __m512i c[kQuads];
-        widen<BITS>(words + b * kWords, c);
+        widen_part<BITS>(words + b * kWords, c);
         codes = add_codes<BITS>(c, codes);
         int8_t* into = block->codes.data() + (part * kQuads * kBlock + kRows * half) * 4;
         for (int k = 0; k < kQuads; ++k) _mm512_storeu_si512(into + k * kBlock * 4, c[k]);

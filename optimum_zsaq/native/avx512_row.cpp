@@ -62,64 +62,21 @@ ZSAQ_INLINE __m512i read(const uint8_t* p, int64_t left) {
   return count <= 0 ? _mm512_setzero_si512() : _mm512_maskz_loadu_epi8(~0ULL >> (64 - count), p);
 }
 
+// A step of codes from `p` on, of which `left` bytes belong to the row. Codes of 8 bits beyond it are zero less no offset.
 template <int BITS, bool FULL>
-struct Widen;
-
-template <bool FULL>
-struct Widen<2, FULL> {
-  static ZSAQ_INLINE void step(const uint8_t* p, int64_t left, __m512i* c) {
-    const __m512i mask = _mm512_set1_epi8(3);
-    for (int b = 0; b < 2; ++b) {
-      const __m512i v = read<FULL, 64>(p + 64 * b, left - 64 * b);
-      c[4 * b] = _mm512_and_si512(v, mask);
-      c[4 * b + 1] = _mm512_and_si512(_mm512_srli_epi16(v, 2), mask);
-      c[4 * b + 2] = _mm512_and_si512(_mm512_srli_epi16(v, 4), mask);
-      c[4 * b + 3] = _mm512_and_si512(_mm512_srli_epi16(v, 6), mask);
-    }
-  }
-};
-
-template <bool FULL>
-struct Widen<3, FULL> {
-  static ZSAQ_INLINE void step(const uint8_t* p, int64_t left, __m512i* c) {
-    // three bytes, eight codes, to each 32-bit lane
-    alignas(64) static const uint8_t spread[64] = {0,  1,  2,  2,  3,  4,  5,  5,  6,  7,  8,  8,  9,  10, 11, 11,
-                                                   12, 13, 14, 14, 15, 16, 17, 17, 18, 19, 20, 20, 21, 22, 23, 23,
-                                                   24, 25, 26, 26, 27, 28, 29, 29, 30, 31, 32, 32, 33, 34, 35, 35,
-                                                   36, 37, 38, 38, 39, 40, 41, 41, 42, 43, 44, 44, 45, 46, 47, 47};
-    const __m512i index = _mm512_load_si512(spread), mask = _mm512_set1_epi8(7);
-    const __m512i low = _mm512_set1_epi64(0x2926232009060300LL), high = _mm512_set1_epi64(0x35322f2c15120f0cLL);
-    for (int b = 0; b < 4; ++b) {
-      const __m512i v = _mm512_permutexvar_epi8(index, read<FULL, 48>(p + 48 * b, left - 48 * b));
-      c[2 * b] = _mm512_and_si512(_mm512_multishift_epi64_epi8(low, v), mask);
-      c[2 * b + 1] = _mm512_and_si512(_mm512_multishift_epi64_epi8(high, v), mask);
-    }
-  }
-};
-
-template <bool FULL>
-struct Widen<4, FULL> {
-  static ZSAQ_INLINE void step(const uint8_t* p, int64_t left, __m512i* c) {
-    const __m512i mask = _mm512_set1_epi8(15);
-    for (int b = 0; b < 4; ++b) {
-      const __m512i v = read<FULL, 64>(p + 64 * b, left - 64 * b);
-      c[2 * b] = _mm512_and_si512(v, mask);
-      c[2 * b + 1] = _mm512_and_si512(_mm512_srli_epi16(v, 4), mask);
-    }
-  }
-};
-
-template <bool FULL>
-struct Widen<8, FULL> {
-  static ZSAQ_INLINE void step(const uint8_t* p, int64_t left, __m512i* c) {
-    const __m512i flip = _mm512_set1_epi8(static_cast<char>(0x80));
-    for (int b = 0; b < 8; ++b) {
-      const int64_t here = left - 64 * b;
+ZSAQ_INLINE void widen_step(const uint8_t* p, int64_t left, __m512i* c) {
+  constexpr int kBytes = block_bytes(BITS);
+  for (int b = 0; b < kRegisters / planes(BITS); ++b) {
+    const int64_t here = left - kBytes * b;
+    __m512i v = read<FULL, kBytes>(p + kBytes * b, here);
+    if constexpr (BITS == 3) v = spread3(v);
+    if constexpr (BITS == 8) {
       const __mmask64 inside = FULL || here >= 64 ? ~0ULL : here > 0 ? ~0ULL >> (64 - here) : 0;
-      c[b] = _mm512_maskz_add_epi8(inside, read<FULL, 64>(p + 64 * b, here), flip);
+      v = _mm512_maskz_add_epi8(inside, v, _mm512_set1_epi8(static_cast<char>(0x80)));
     }
+    widen<BITS>(v, c + planes(BITS) * b);
   }
-};
+}
 
 // Sums of neighbouring lanes, those of `a` before those of `b`.
 ZSAQ_INLINE __m512i pair_sums(__m512i a, __m512i b) {
@@ -127,9 +84,6 @@ ZSAQ_INLINE __m512i pair_sums(__m512i a, __m512i b) {
   const __m512i odd = _mm512_setr_epi32(1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
   return _mm512_add_epi32(_mm512_permutex2var_epi32(a, even, b), _mm512_permutex2var_epi32(a, odd, b));
 }
-
-// How many registers have the codes of the same columns, each a part of them.
-constexpr int planes(int bits) { return bits == 2 ? 4 : bits == 8 ? 1 : 2; }
 
 // sum (q - z) c of the lanes of a step: one register for each `planes` of codes, of which the first `used` hold any.
 template <int BITS>
@@ -214,7 +168,7 @@ struct Row {
     __m512i c[kRegisters], total[kSums], s[kSums];
     const int64_t at = step * 64 * BITS, left = weight.layer->columns - step * kStep;
     const int used = FULL ? kSums : static_cast<int>((left * kSums + kStep - 1) / kStep);
-    Widen<BITS, FULL>::step(codes + at, weight.row_bytes - at, c);
+    widen_step<BITS, FULL>(codes + at, weight.row_bytes - at, c);
     totals<BITS>(c, total);
     products<BITS>(c, total, token.codes + step * kStep, _mm512_set1_epi8(static_cast<char>(token.zero)), used, s);
     if constexpr (GROUPS)

@@ -14,7 +14,7 @@ from kernel_cases import packed_weight
 from torch import nn
 
 from optimum_zsaq.kernels import drop_prepacked, int8, packed_linear
-from optimum_zsaq.kernels.prepacked import _ENTRIES, prepacked
+from optimum_zsaq.kernels.prepacked import _ENTRIES, TensorTable, prepacked
 from optimum_zsaq.spec import LayerSpec, QuantSpec
 from optimum_zsaq.surgery import low_bit_layers, pack, set_runtime
 
@@ -300,3 +300,27 @@ def test_ranges_of_other_weights(builds):
                 layer._set_tensor(name, getattr(other, name).detach().clone())
             layer.bias = other.bias
             assert torch.equal(layer(x), other(x))
+
+
+def test_a_table_tells_equal_tensors_apart_and_forgets_dead_ones():
+    table, one, other = TensorTable(), torch.zeros(3), torch.zeros(3)
+    table[one], table[other] = "one", "other"
+    table[one] = "again"
+    assert (table.get(one), table.get(other), len(table)) == ("again", "other", 2)
+    assert table.get(one.view(3), "default") == "default"  # another tensor on the same memory
+    table.pop(other)
+    table.pop(other)
+    assert other not in table
+    with pytest.raises(KeyError):
+        table[other]
+    del one
+    assert len(table) == 0
+
+
+def test_a_table_does_not_take_a_new_tensor_for_a_dead_one():
+    table, new = TensorTable(), torch.zeros(3)
+    table[new] = "new"
+    number, (_, value) = next(iter(table._entries.items()))
+    table._entries[number] = (weakref.ref(dead := torch.zeros(3)), value)  # its number is given out again
+    del dead
+    assert table.get(new) is None

@@ -120,7 +120,7 @@ layouts = [("row", None), ("tensor", None), ("group", 32), ("group", 64), ("grou
 for turn in range(400):
     (name, size), options = draw.choice(layouts), draw.choice([{}, {"symmetric": False}, half])
     spec = QuantSpec(draw.choice([2, 3, 4, 5, 8]), name, size, **options)
-    rows, columns, count = draw.randint(1, 70), draw.randint(1, 1100), draw.choice([1, 2, 5, 12, 15, 30])
+    rows, columns, count = draw.randint(1, 70), draw.randint(1, 2100), draw.choice([1, 2, 5, 12, 15, 30])
     packed = packed_weight(rows, columns, LayerSpec(spec, draw.choice([DYNAMIC, STATIC, None])), seed=turn)
     dtype = draw.choice([torch.float32, torch.bfloat16, torch.float16])
     x, bias = torch.randn(count, columns).to(dtype), draw.choice([None, torch.randn(rows)])
